@@ -1,0 +1,5 @@
+"""A data holder: local training, the site's own policy, its privacy ledger, its half of secure aggregation."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

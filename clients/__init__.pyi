@@ -1,0 +1,6 @@
+from .client import Client as Client
+from .client import Trainer as Trainer
+from .memory import FileMemory as FileMemory
+from .memory import InProcessMemory as InProcessMemory
+from .memory import MemoryStore as MemoryStore
+from .torch_trainer import TorchTrainer as TorchTrainer

@@ -1,0 +1,91 @@
+"""Where a trainer computes, at which precision, and what it leaves untouched of torch's global random state."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from fedml_core.errors import ConfigError
+from fedml_core.training import Precision
+
+__all__ = ["choose_device", "gradient_scaler", "precision_context", "seeded_torch"]
+
+_turns = itertools.count()
+_LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device called `name`: "auto", "cpu", "cuda", "cuda:1" or "mps".
+
+    "cuda" is the next visible GPU in turn, so that the trainers of one process spread over all of them; "auto" is the
+    same where there is a GPU, otherwise Apple's, otherwise the CPU.
+
+    Raises: ConfigError: if this machine has no such device.
+    """
+    known = _available()
+    gpus = [device for device in known if device.startswith("cuda")]
+    if name in ("auto", "cuda") and gpus:
+        return torch.device(gpus[next(_turns) % len(gpus)])
+    if name == "auto":
+        return torch.device("mps" if "mps" in known else "cpu")
+    if name not in known:
+        raise ConfigError(f"device {name!r} is not available; this machine has {', '.join(known)}, or say auto")
+    return torch.device(name)
+
+
+def precision_context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Return a context, to be entered as often as needed, in which torch computes at `precision`.
+
+    Raises: ConfigError: if torch cannot do that on `device`.
+    """
+    if precision == "float32":
+        return nullcontext()
+    try:
+        with warnings.catch_warnings():
+            # Where a dtype is not supported, torch only warns and goes on at full precision.
+            warnings.simplefilter("error")
+            return torch.autocast(device.type, dtype=_LOW[precision])
+    except (RuntimeError, UserWarning) as error:
+        raise ConfigError(f"precision {precision} is not available on {device}; use float32") from error
+
+
+def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler | None:
+    """Return a fresh scaler that keeps float16 gradients from vanishing, or None where none is needed."""
+    return torch.amp.GradScaler(device.type) if precision == "float16" else None
+
+
+@contextmanager
+def seeded_torch(seed: int, device: torch.device) -> Iterator[None]:
+    """Let torch draw from `seed` inside, on the CPU and on `device`, which is the current one for user code.
+
+    Guarantees: on leaving, also by an exception, torch's random states are what they were.
+    """
+    apple = device.type == "mps"
+    current: AbstractContextManager[object] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with current:
+        generators = [torch.default_generator]
+        if device.type == "cuda":
+            torch.cuda.init()
+            generators.append(torch.cuda.default_generators[device.index])
+        states = [generator.get_state() for generator in generators]
+        apple_state = torch.mps.get_rng_state() if apple else None
+        try:
+            for generator in generators:
+                generator.manual_seed(seed)
+            if apple:
+                torch.mps.manual_seed(seed)
+            yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            if apple_state is not None:
+                torch.mps.set_rng_state(apple_state)
+
+
+def _available() -> list[str]:
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]

@@ -1,0 +1,80 @@
+"""The order in which a client visits its examples, and the batches that come of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from fedml_core.data import Examples
+from fedml_core.randomness import Key, seeded
+from fedml_core.training import Training
+
+__all__ = ["Batch", "Fetch", "epoch_order", "ordered_batches", "training_order"]
+
+Batch = tuple[tuple[Tensor, ...], Tensor, Tensor | None]
+"""Inputs, targets and example weights, on the trainer's device."""
+
+Fetch = Callable[[Tensor], Examples]
+"""Loads the examples at an index as one batch."""
+
+# One gather serves many batches; this bounds what it holds beside the client's data.
+_GATHERED_BYTES = 64 << 20
+
+
+def epoch_order(key: tuple[Key, ...], epoch: int, count: int) -> Tensor:
+    """Return the order in which epoch `epoch` (0 is the first) visits `count` examples; the same on every engine."""
+    return torch.from_numpy(seeded(*key, "shuffle", epoch).permutation(count))
+
+
+def training_order(training: Training, key: tuple[Key, ...], count: int, *, skip_single: bool) -> Iterator[Tensor]:
+    """Yield each epoch's order, shortened to what `training` asks for; `steps` go on through as many epochs as needed.
+
+    `skip_single` leaves out an epoch's last batch where it is smaller than the others and has one example.
+    """
+    size = training.batch_size
+    whole = count - 1 if skip_single and count > 1 and count % size == 1 else count
+    each = -(-whole // size)
+    left = training.epochs * each if training.steps is None else training.steps
+    for epoch in itertools.count():
+        yield epoch_order(key, epoch, count)[: min(whole, left * size)]
+        left -= each
+        if left <= 0:
+            return
+
+
+def ordered_batches(
+    data: Examples | Fetch, orders: Iterable[Tensor], batch_size: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield batches of `data` (on `device` already, or fetched batch by batch) in each of `orders`.
+
+    Examples in memory are gathered once for many batches, which are then views: a step pays for no indexing.
+    """
+    for order in orders:
+        if isinstance(data, Examples):
+            for rows in torch.split(order.to(device), _rows_at_once(data, batch_size)):
+                yield from _views(_gathered(data, rows), batch_size)
+        else:
+            for rows in torch.split(order, batch_size):
+                batch = data(rows).to(device)
+                yield batch.inputs, batch.targets, batch.weights
+
+
+def _rows_at_once(data: Examples, batch_size: int) -> int:
+    row_bytes = sum(t[:1].numel() * t.element_size() for t in (*data.inputs, data.targets))
+    return max(1, _GATHERED_BYTES // max(1, row_bytes * batch_size)) * batch_size
+
+
+def _gathered(data: Examples, rows: Tensor) -> Batch:
+    weights = None if data.weights is None else data.weights.index_select(0, rows)
+    return tuple(t.index_select(0, rows) for t in data.inputs), data.targets.index_select(0, rows), weights
+
+
+def _views(batch: Batch, batch_size: int) -> Iterator[Batch]:
+    inputs, targets, weights = batch
+    # A model may take no input at all; zip of nothing would then end before the first batch.
+    columns = zip(*(torch.split(t, batch_size) for t in inputs), strict=True) if inputs else itertools.repeat(())
+    weighted = itertools.repeat(None) if weights is None else torch.split(weights, batch_size)
+    return zip(columns, torch.split(targets, batch_size), weighted, strict=False)

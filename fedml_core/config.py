@@ -1,0 +1,230 @@
+"""What a run.toml and a site.toml may say: checked once, on load, so that a mistake costs a line and not a run.
+
+What a file reads (the task, keys, memories) is relative to the file's own folder; `out`, where a run writes, is
+relative to the working directory, as every path on a command line is. What a table names (a strategy, a sampling, a
+partitioner) is looked up later, when the user's own classes are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+
+from fedml_core.config_errors import explain
+from fedml_core.errors import ConfigError
+from fedml_core.toml_file import override, read_toml
+from fedml_core.training import Training
+
+__all__ = [
+    "ClientsTable",
+    "EarlyStoppingTable",
+    "EvaluationTable",
+    "FaultsTable",
+    "KeysTable",
+    "RunConfig",
+    "ServerTable",
+    "SimulationTable",
+    "SiteConfig",
+    "load_run",
+    "load_site",
+]
+
+
+def _with_name(value: Any) -> Any:
+    table = {"name": value} if isinstance(value, str) else value
+    if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+        raise ValueError('must be a name, or a table with one such as {name = "..."}')
+    return table
+
+
+NamedTable = Annotated[dict[str, Any], BeforeValidator(_with_name)]
+"""`"FedProx"` or `{name = "FedProx", mu = 0.01}`: a name, and the arguments of what it names."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class _File(_Table):
+    _path: Path = PrivateAttr(default=Path())
+
+    @property
+    def path(self) -> Path:
+        """Return the file that this was read from."""
+        return self._path
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder to which the file's paths are relative."""
+        return self._path.parent
+
+    def beside(self, path: str) -> Path:
+        """Return a path of the file as one that can be opened from the working directory."""
+        return self.folder / Path(path).expanduser()
+
+    @classmethod
+    def _load(cls, path: Path, overrides: Sequence[str]) -> Self:
+        table = read_toml(path)
+        from_command_line = [override(table, item) for item in overrides]
+        try:
+            config = cls.model_validate(table, strict=True)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls, str(path), from_command_line)) from None
+        config._path = path
+        return config
+
+
+class ClientsTable(_Table):
+    """The simulated clients."""
+
+    count: int = Field(default=10, ge=1)
+    """How many there are."""
+    partition: NamedTable = Field(default_factory=lambda: {"name": "iid"})
+    """How the task's pooled examples are shared out; see `fedveil list partitioners`."""
+    holdout: float = Field(default=0.0, ge=0, lt=1)
+    """The share of its examples that each client keeps aside for evaluation."""
+
+
+class EvaluationTable(_Table):
+    """When and by whom the model is evaluated."""
+
+    every: int = Field(default=1, ge=0)
+    """Rounds between evaluations; 0 is never but after the last."""
+    server: bool = True
+    """On the task's own test data."""
+    clients: NamedTable | None = None
+    """A sampling of clients that evaluate on what they keep aside."""
+    batch_size: int = Field(default=256, ge=1)
+    """Examples a batch."""
+
+
+class EarlyStoppingTable(_Table):
+    """Stop when a metric no longer improves."""
+
+    metric: Text = "server.loss"
+    """server.NAME, clients.NAME or train.NAME."""
+    patience: int = Field(default=5, ge=1)
+    """Evaluations without improvement."""
+    minimum_change: float = Field(default=0.0, ge=0)
+    """What counts as improvement."""
+    higher_is_better: bool | None = None
+    """By default, not for what is called loss, error, mae, rmse or perplexity."""
+
+
+class FaultsTable(_Table):
+    """What goes wrong in a simulation, as shares of the clients, drawn in each round."""
+
+    unavailable: Share = 0.0
+    """Of all clients: cannot be asked."""
+    drop: Share = 0.0
+    """Of the cohort: never reply."""
+    late: Share = 0.0
+    """Of the cohort: reply after the deadline."""
+    nan: Share = 0.0
+    """Of the cohort: send an update that is not finite."""
+
+
+class SimulationTable(_Table):
+    """How a simulation is run; it does not change what is computed."""
+
+    engine: NamedTable = Field(default_factory=lambda: {"name": "sequential"})
+    """Who does the clients' work."""
+    device: Text = "auto"
+    """auto, cpu, cuda, cuda:1, mps, ..."""
+    on_client_error: Literal["fail", "skip"] = "fail"
+    """What a client's failure does: ends the run, or excludes the client from the round."""
+    faults: FaultsTable = FaultsTable()
+    """Shares of clients that fail on purpose."""
+
+
+class ServerTable(_Table):
+    """How `fedveil server` waits for real clients."""
+
+    minimum_clients: int = Field(default=1, ge=1)
+    """A round starts when so many are connected."""
+    wait_s: float | None = Field(default=None, gt=0)
+    """Seconds to wait for them before giving up; by default for ever."""
+
+
+class RunConfig(_File):
+    """A run.toml: what a run is to do, simulated or on real machines."""
+
+    task: Text
+    """A file, such as "task.py", or "package.module:attribute"."""
+    rounds: int = Field(default=10, ge=1)
+    """In all, resumed ones included."""
+    seed: int = 0
+    """Of everything that must reproduce; it protects nothing."""
+    out: Text = "out"
+    """The folder for checkpoint, history, report and plots, relative to the working directory."""
+    minimum_replies: int = Field(default=1, ge=1)
+    """With fewer good replies a round is void and leaves the model unchanged."""
+    round_timeout_s: float | None = Field(default=None, gt=0)
+    """Seconds to wait for a round's replies; by default for all of them. A simulation does not wait."""
+    strategy: NamedTable = Field(default_factory=lambda: {"name": "FedAvg"})
+    """How updates become one step; see `fedveil list strategies`."""
+    clients: ClientsTable = ClientsTable()
+    """The simulated clients."""
+    sampling: NamedTable = Field(default_factory=lambda: {"name": "EveryClient"})
+    """Each round's cohort; see `fedveil list samplings`."""
+    training: Training = Training()
+    """Local training."""
+    evaluation: EvaluationTable = EvaluationTable()
+    """When and by whom the model is evaluated."""
+    early_stopping: EarlyStoppingTable | None = None
+    """Stop when a metric no longer improves."""
+    simulation: SimulationTable = SimulationTable()
+    """For `fedveil simulate`."""
+    server: ServerTable = ServerTable()
+    """For `fedveil server`."""
+
+
+class KeysTable(_Table):
+    """Where a site's secrets are; see `fedveil keys`."""
+
+    site: Text = "site-keys.json"
+    """What `fedveil keys new` made, or the folder that holds it."""
+    authority: Text | None = None
+    """The federation's ca.pem, by which the server is recognised."""
+
+
+class SiteConfig(_File):
+    """A site.toml: who this client is and what it holds. It never leaves the site."""
+
+    id: int = Field(ge=0, le=2**31 - 1)
+    """The client's number, as it was enrolled."""
+    name: Text | None = None
+    """For people."""
+    task: Text
+    """A file, such as "task.py", or "package.module:attribute": the same task as the server's."""
+    device: Text = "auto"
+    """auto, cpu, cuda, cuda:1, mps, ..."""
+    memory: Text = "memory"
+    """The folder for what the site must remember between rounds."""
+    keys: KeysTable = KeysTable()
+    """The site's secrets."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Handed to the task's `site_data` as it is."""
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the run.toml at `path`, or in the folder `path`.
+
+    Args: overrides: `key.path=value` each, where value is TOML or else text; they take the place of what the file says.
+    Raises: ConfigError: a line for each mistake, with file, key, value and what is allowed.
+    """
+    return RunConfig._load(path / "run.toml" if path.is_dir() else path, overrides)
+
+
+def load_site(path: Path) -> SiteConfig:
+    """Return the site.toml at `path`, or in the folder `path`.
+
+    Raises: ConfigError: as `load_run`.
+    """
+    return SiteConfig._load(path / "site.toml" if path.is_dir() else path, ())

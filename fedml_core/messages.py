@@ -1,0 +1,197 @@
+"""What crosses the one seam: an assignment to clients, a reply back, and the channel that carries them.
+
+Simulation and deployment differ in the channel and in nothing else. A message holds weights, numbers and names; never
+code. As frames they have one wire form, `fedml_core.wire`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedml_core.errors import ReplyError
+from fedml_core.training import Training
+from fedml_core.transform import Chain, State, Transform
+from fedml_core.update import Update
+from fedml_core.wire import Frame, from_frame, to_frame
+
+
+@dataclass(frozen=True)
+class TrainWork:
+    """Train, run the pipeline's client half, send the update. `seed` shuffles and drops out; it protects nothing."""
+
+    training: Training
+    pipeline: Transform = field(default_factory=Chain)
+    told: State = field(default_factory=dict, repr=False)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluateWork:
+    """Evaluate the model on the client's own held-out examples and send summed metrics."""
+
+    batch_size: int = 256
+
+
+Work = TrainWork | EvaluateWork
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a server asks of every client of a cohort in one exchange."""
+
+    run: str
+    round: int
+    fingerprint: str
+    parameters: Tensor = field(repr=False)
+    work: Work
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Summed metrics over a client's held-out examples; `sums["examples"]` is what to divide by."""
+
+    sums: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The client's own policy said no: which rule, and the numbers."""
+
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The client could not do the work: one word for reports and a line without data, weights or paths in it."""
+
+    rule: str
+    reason: str
+
+
+Body = Update | Evaluation | Refusal | Failure
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client answers to an assignment."""
+
+    run: str
+    round: int
+    client: int
+    fingerprint: str
+    body: Body
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A reply as the channel received it: from whom, by the channel's own knowledge, and how large it was."""
+
+    client: int
+    reply: Reply
+    size_bytes: int
+
+
+class Channel(Protocol):
+    """The one seam between a coordinator and its clients."""
+
+    def clients(self, round_number: int) -> Sequence[int]:
+        """Return, sorted, the clients that can be asked in this round; a `range` where the population is virtual."""
+        ...
+
+    def exchange(self, assignment: Assignment, cohort: Sequence[int], timeout_s: float | None) -> Iterator[Arrival]:
+        """Send `assignment` to each client of `cohort` and yield replies as they arrive, until all did or time is up.
+
+        A client that cannot be reached yields nothing; one that reports its own failure yields a `Failure`.
+        """
+        ...
+
+
+def assignment_to_frame(assignment: Assignment) -> Frame:
+    """Return the wire form of an assignment."""
+    work = assignment.work
+    body: dict[str, Any] = {
+        "run": assignment.run,
+        "round": assignment.round,
+        "fingerprint": assignment.fingerprint,
+        "parameters": assignment.parameters,
+    }
+    if isinstance(work, EvaluateWork):
+        return to_frame("evaluate", {**body, "batch_size": work.batch_size})
+    return to_frame(
+        "train",
+        {
+            **body,
+            "training": work.training.model_dump(exclude_unset=True),
+            "pipeline": work.pipeline.to_config(),
+            "told": work.told,
+            "seed": work.seed,
+        },
+    )
+
+
+def assignment_from_frame(frame: Frame) -> Assignment:
+    """Return the assignment that a frame holds.
+
+    Raises: ValueError, KeyError or a FedveilError: if it holds none; nothing in it is executed.
+    """
+    body = from_frame(frame)
+    work: Work
+    if frame.kind == "evaluate":
+        work = EvaluateWork(int(body["batch_size"]))
+    elif frame.kind == "train":
+        pipeline = Transform.from_config(body["pipeline"], "the assignment's pipeline")
+        work = TrainWork(Training(**body["training"]), pipeline, body["told"], int(body["seed"]))
+    else:
+        raise ValueError(f"an assignment is 'train' or 'evaluate', got {frame.kind!r}")
+    parameters = body["parameters"]
+    if not isinstance(parameters, Tensor) or parameters.dtype != torch.float32 or parameters.dim() != 1:
+        raise ValueError("an assignment's parameters must be one float32 vector")
+    return Assignment(str(body["run"]), int(body["round"]), str(body["fingerprint"]), parameters, work)
+
+
+def reply_to_frame(reply: Reply) -> Frame:
+    """Return the wire form of a reply; an update's `facts` stay behind."""
+    head = {"run": reply.run, "round": reply.round, "client": reply.client, "fingerprint": reply.fingerprint}
+    body = reply.body
+    if isinstance(body, Update):
+        sums = {name: float(value) for name, value in body.sums.items()}
+        return to_frame("update", {**head, "values": body.values, "weight": float(body.weight), "sums": sums})
+    if isinstance(body, Evaluation):
+        return to_frame("evaluation", {**head, "sums": dict(body.sums)})
+    kind = "refusal" if isinstance(body, Refusal) else "failure"
+    return to_frame(kind, {**head, "rule": body.rule, "reason": body.reason})
+
+
+def reply_from_frame(frame: Frame) -> Reply:
+    """Return the reply that a frame holds; what it claims is not yet believed (see `server.validation`).
+
+    Raises: ReplyError: with rule `malformed`, if it holds none.
+    """
+    try:
+        tree = from_frame(frame)
+        body = _reply_body(frame.kind, tree)
+        return Reply(str(tree["run"]), int(tree["round"]), int(tree["client"]), str(tree["fingerprint"]), body)
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ReplyError(
+            "malformed", f"the reply is not one that this version understands: {type(error).__name__}"
+        ) from error
+
+
+def _reply_body(kind: str, tree: Mapping[str, Any]) -> Body:
+    if kind == "update":
+        values = tree["values"]
+        if not isinstance(values, Tensor):
+            raise TypeError("values must be an array")
+        return Update.of(values, float(tree["weight"]), **{str(k): float(v) for k, v in tree["sums"].items()})
+    if kind == "evaluation":
+        return Evaluation({str(name): float(value) for name, value in tree["sums"].items()})
+    if kind in ("refusal", "failure"):
+        made = Refusal if kind == "refusal" else Failure
+        return made(str(tree["rule"])[:80], str(tree["reason"])[:500])
+    raise ValueError(f"unknown reply {kind!r}")

@@ -1,0 +1,5 @@
+"""The coordinator: sampling, rounds, validation, checkpoints, the server half of secure aggregation."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

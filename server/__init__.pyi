@@ -1,0 +1,16 @@
+from .checkpoint import RunState as RunState
+from .checkpoint import load_checkpoint as load_checkpoint
+from .checkpoint import save_checkpoint as save_checkpoint
+from .coordinator import Coordinator as Coordinator
+from .history import History as History
+from .history import RunFolder as RunFolder
+from .history import read_history as read_history
+from .plan import EarlyStopping as EarlyStopping
+from .plan import EvaluationPlan as EvaluationPlan
+from .plan import Plan as Plan
+from .round import RoundReport as RoundReport
+from .sampling import EveryClient as EveryClient
+from .sampling import FixedSampling as FixedSampling
+from .sampling import PoissonSampling as PoissonSampling
+from .sampling import Sampling as Sampling
+from .validation import Exclusion as Exclusion

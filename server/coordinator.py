@@ -1,0 +1,181 @@
+"""The coordinator: many rounds as a generator, so that the caller owns the loop and the state is one value."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from fedml_core.errors import ConfigError, FedveilError, RunError
+from fedml_core.messages import Assignment, Channel, EvaluateWork, TrainWork, Work, assignment_to_frame
+from fedml_core.model import ModelSpec
+from fedml_core.transform import Draws, State
+from server.checkpoint import RunState
+from server.plan import Plan
+from server.round import RoundReport
+from server.validation import EvaluationIntake, UpdateIntake, averages
+
+Evaluate = Callable[[Tensor], Mapping[str, float]]
+Derive = Callable[[Mapping[str, float]], Mapping[str, float]]
+
+
+class Coordinator:
+    """Runs rounds of one plan over any channel.
+
+    Args: plan: what each round does. spec: the model's. state: from `begin` or a checkpoint.
+        evaluate: returns summed metrics of parameters on the server's test data, or None where it has none.
+        derive: metrics made of averages, such as a root mean square error.
+
+    Example:
+        for report in coordinator.rounds(channel, 20):
+            print(report.round, report.metric("server.accuracy"))
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        state: RunState,
+        *,
+        evaluate: Evaluate | None = None,
+        derive: Derive | None = None,
+    ) -> None:
+        self.plan = plan
+        self.spec = spec
+        self.state = state
+        self._evaluate = evaluate
+        self._derive = derive
+
+    @staticmethod
+    def begin(plan: Plan, spec: ModelSpec, parameters: Tensor, run: str) -> RunState:
+        """Return the state before the first round."""
+        return RunState(run, spec.fingerprint, parameters, plan.strategy.init(spec))
+
+    def rounds(self, channel: Channel, count: int) -> Iterator[RoundReport]:
+        """Yield a report after each round until `count` rounds are done in all, or early stopping says so.
+
+        `self.state` is complete at each yield, and may be saved then.
+        Raises: RunError: after the last round, if every round of the run was void: there is no result.
+        """
+        if count < 1:
+            raise ConfigError(f"rounds must be >= 1, got {count}")
+        while self.state.round < count and not self.stopped_early:
+            yield self._round(channel, final=self.state.round + 1 == count)
+        if self.state.accepted == 0:
+            why = (self.state.report or {}).get("why", "")
+            raise RunError(
+                f"all {self.state.round} rounds were void, so the model is untrained; the last because {why}"
+            )
+
+    @property
+    def stopped_early(self) -> bool:
+        """Return whether early stopping has ended the run."""
+        rule = self.plan.early_stopping
+        return rule is not None and self.state.stale >= rule.patience
+
+    def _round(self, channel: Channel, final: bool) -> RoundReport:
+        started, number = time.perf_counter(), self.state.round + 1
+        clients = channel.clients(number)
+        cohort = self.plan.sampling.cohort(clients, number, self.plan.seed)
+        intake, bytes_down = self._train(channel, cohort, number)
+        parameters, strategy, why = self._step(intake, len(clients), number)
+        metrics = {"train": self._metrics(intake.accumulator.sums)} if intake.accepted else {}
+        if self.plan.evaluation.due(number) or final:
+            evaluated, up, down = self._evaluations(channel, clients, parameters, number)
+            metrics.update(evaluated)
+            intake.bytes_up, bytes_down = intake.bytes_up + up, bytes_down + down
+        report = RoundReport(
+            round=number,
+            status="void" if why else "ok",
+            why=why,
+            cohort=len(cohort),
+            replies=len(intake.accepted),
+            participants=sorted(intake.accepted),
+            missing=intake.missing,
+            excluded=tuple(sorted(intake.excluded, key=lambda row: (row.client, row.rule))),
+            metrics=metrics,
+            bytes_up=intake.bytes_up,
+            bytes_down=bytes_down,
+            seconds=round(time.perf_counter() - started, 6),
+            protection=self.plan.strategy.protection(),
+        )
+        self.state = self._advance(report, parameters, strategy)
+        return report
+
+    def _train(self, channel: Channel, cohort: Sequence[int], number: int) -> tuple[UpdateIntake, int]:
+        plan, state = self.plan, self.state
+        told = plan.strategy.told(state.strategy)
+        work = TrainWork(plan.training, plan.strategy.client_half(), told, plan.seed)
+        assignment = self._assignment(number, state.parameters, work)
+        intake = UpdateIntake(assignment, cohort, plan.strategy.accumulator(self.spec))
+        return intake, _exchange(channel, assignment, intake, cohort, plan.round_timeout_s)
+
+    def _step(self, intake: UpdateIntake, clients: int, number: int) -> tuple[Tensor, State, str]:
+        unchanged, replies = (self.state.parameters, self.state.strategy), len(intake.accepted)
+        if clients == 0:
+            return *unchanged, "no client could be asked"
+        if replies < self.plan.minimum_replies:
+            return *unchanged, f"{replies} good replies arrived, the minimum is {self.plan.minimum_replies}"
+        draws = Draws.of(self.plan.seed, "decode", number)
+        try:
+            step = self.plan.strategy.step(
+                self.state.parameters, intake.accumulator.total(), self.state.strategy, draws
+            )
+        except FedveilError as error:
+            return *unchanged, str(error)
+        return *step, ""
+
+    def _evaluations(
+        self, channel: Channel, clients: Sequence[int], parameters: Tensor, number: int
+    ) -> tuple[dict[str, Mapping[str, float]], int, int]:
+        plan, metrics = self.plan.evaluation, {}
+        if plan.server and self._evaluate is not None:
+            metrics["server"] = self._metrics(self._evaluate(parameters))
+        if plan.clients is None:
+            return metrics, 0, 0
+        cohort = plan.clients.cohort(clients, -number, self.plan.seed)
+        assignment = self._assignment(number, parameters, EvaluateWork(plan.batch_size))
+        intake = EvaluationIntake(assignment, cohort)
+        down = _exchange(channel, assignment, intake, cohort, self.plan.round_timeout_s)
+        if intake.accepted:
+            metrics["clients"] = self._metrics(intake.sums)
+        return metrics, intake.bytes_up, down
+
+    def _metrics(self, sums: Mapping[str, float]) -> Mapping[str, float]:
+        means = averages(sums)
+        return {**means, **self._derive(means)} if self._derive and means else means
+
+    def _assignment(self, number: int, parameters: Tensor, work: Work) -> Assignment:
+        return Assignment(self.state.run, number, self.spec.fingerprint, parameters, work)
+
+    def _advance(self, report: RoundReport, parameters: Tensor, strategy: State) -> RunState:
+        best, stale, rule = self.state.best, self.state.stale, self.plan.early_stopping
+        value = report.metric(rule.metric) if rule else None
+        if rule and value is not None:
+            best, stale = (value, 0) if rule.better(value, best) else (best, stale + 1)
+        return dataclasses.replace(
+            self.state,
+            round=report.round,
+            accepted=self.state.accepted + (report.status == "ok"),
+            parameters=parameters,
+            strategy=strategy,
+            best=best,
+            stale=stale,
+            report=report.to_json(),
+        )
+
+
+def _exchange(
+    channel: Channel,
+    assignment: Assignment,
+    intake: UpdateIntake | EvaluationIntake,
+    cohort: Sequence[int],
+    timeout_s: float | None,
+) -> int:
+    """Run one exchange into `intake` and return the bytes sent down."""
+    if not cohort:
+        return 0
+    intake.take(channel.exchange(assignment, cohort, timeout_s))
+    return assignment_to_frame(assignment).size_bytes * len(cohort)

@@ -1,0 +1,327 @@
+"""The server's end of the fleet: Flower's SuperLink inside this process, as a mailbox for frames.
+
+Of the SuperLink there is its state, in memory, and its Fleet API; nothing else of it is started. There is no Control
+and no Runtime API, so no port, token or task by which another process could take the server's place, and no app to
+ship: the run has no code. With `clients/fleet.py` this is the only file that uses Flower's private names.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Self
+
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no types
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from fedml_core import engine_guard  # noqa: F401 - its import sets Flower's switches, before Flower reads them
+from fedml_core.errors import ChannelError, ConfigError
+from fedml_core.flower_records import pack, unpack
+from fedml_core.identity import Roster, Site
+from fedml_core.tls import ServerTls
+from fedml_core.wire import Frame
+from server.fleet_letters import Answer, ClientError, Letters, LinkFailure, NodeInfo
+from server.fleet_listener import Endpoint, Listener, RequestRefusedError, open_socket
+
+# isort: split
+from flwr.app import Array, Message, Metadata, RecordDict
+from flwr.app.message.message import make_message, remove_content_from_message
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode, Status
+from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
+from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.error import FlowerError
+from flwr.supercore.error.catalog import API_ERROR_MAP
+from flwr.supercore.inflatable import inflatable_object, inflatable_utils
+from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.superlink.federation import NoOpFederationManager
+from flwr.superlink.routers.fleet.node_auth import authenticate_node
+from flwr.superlink.servicer.fleet import fleet_handlers
+
+HOLD_S = 10.0  # how long a request for mail waits for some; a client's read timeout must be longer
+NOT_ENROLLED = 9001  # beyond Flower's own error numbers
+_TTL_S = 7 * 24 * 3600.0  # a round's own deadline comes first, see `FleetServer.cancel`
+_CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,79}")
+_API = "/v1/fleet/"
+_Endpoints = dict[str, tuple[Any, Callable[..., Any]]]
+_REQUESTS: _Endpoints = {
+    "activate-node": (fleet_pb2.ActivateNodeRequest, fleet_handlers.activate_node),
+    "deactivate-node": (fleet_pb2.DeactivateNodeRequest, fleet_handlers.deactivate_node),
+    "send-node-heartbeat": (heartbeat_pb2.SendNodeHeartbeatRequest, fleet_handlers.send_node_heartbeat),
+    "pull-messages": (fleet_pb2.PullMessagesRequest, fleet_handlers.pull_messages),
+    "push-messages": (fleet_pb2.PushMessagesRequest, fleet_handlers.push_messages),
+    "pull-object": (message_pb2.PullObjectRequest, fleet_handlers.pull_object),
+    "push-object": (message_pb2.PushObjectRequest, fleet_handlers.push_object),
+    "confirm-message-received": (message_pb2.ConfirmMessageReceivedRequest, fleet_handlers.confirm_message_received),
+}
+# On an insecure server only: elsewhere the roster says who exists.
+_REGISTRATION: _Endpoints = {"register-node": (fleet_pb2.RegisterNodeFleetRequest, fleet_handlers.register_node)}
+
+
+class _SuperLink:
+    """Flower's in-memory state with one run that never ends, as a `Mailroom`."""
+
+    def __init__(self) -> None:
+        self.store = InMemoryObjectStore()
+        self.links = InMemoryLinkState(NoOpFederationManager(), self.store)
+        self.run_id = self.links.create_run(
+            None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        # A run is as its task is. Claiming the task would make a token that expires, and that others could hold.
+        with self.links.lock_task_store:
+            for task in self.links.task_store.values():
+                task.status.status = Status.RUNNING
+
+    def state(self) -> InMemoryLinkState:
+        """Return the state: this object stands in for Flower's factory of states."""
+        return self.links
+
+    def write(self, node: int, records: RecordDict) -> Message:
+        """Return a message whose parts are stored, and which cannot be taken yet."""
+        secret = secrets.token_hex(16)  # without it, a node could work out the ids of messages to others
+        message = make_message(
+            Metadata(self.run_id, "", SUPERLINK_NODE_ID, node, "", secret, time.time(), _TTL_S, "query"), records
+        )
+        message.metadata.__dict__["_message_id"] = message.object_id
+        parts = inflatable_object.get_all_nested_objects(message)
+        with self.store.lock_store:  # a part that another message shares must not be deleted half-way through
+            missing = self.store.preregister(self.run_id, inflatable_object.get_object_tree(message))
+        for part in missing:
+            self.store.put(part, parts[part].deflate())
+        return remove_content_from_message(message)
+
+    def answers(self, message_ids: set[str]) -> Iterable[Answer]:
+        """See `Mailroom`."""
+        for answer in self.links.get_message_res(message_ids, self.run_id):
+            message_id, reply = answer.metadata.reply_to_message_id, answer.metadata.message_id
+            if answer.metadata.src_node_id == SUPERLINK_NODE_ID:
+                self.store.delete(reply)
+                silent = answer.error.code == ErrorCode.NODE_UNAVAILABLE
+                yield Answer(message_id, failure="unavailable" if silent else "expired")
+                continue
+            self.forget(message_id, "")
+            try:
+                tree = inflatable_object.iterate_object_tree(self.store.get_object_tree(reply))
+                yield Answer(message_id, reply, tuple(part.object_id for part in tree))
+            except NoObjectInStoreError:
+                yield Answer(message_id, failure="incomplete")
+
+    def part(self, part: str) -> bytes | None:
+        """See `Mailroom`."""
+        return self.links.get_object(self.run_id, part)
+
+    def online(self) -> set[int]:
+        """See `Mailroom`."""
+        return self.links.get_nodes(self.run_id)
+
+    def open(self, reply: str, contents: dict[str, bytes]) -> Frame | ClientError:
+        """See `Mailroom`."""
+        message = inflatable_utils.inflate_object_from_contents(reply, contents)
+        if not isinstance(message, Message):
+            raise TypeError("a reply must be a message")
+        if message.has_error():
+            name = message.error.reason or ""
+            return ClientError(name if _CLASS_NAME.fullmatch(name) else "")
+        return unpack(message.content)
+
+    def forget(self, message_id: str, reply: str) -> None:
+        """See `Mailroom`."""
+        self.links.delete_messages({message_id})
+        self.store.delete(message_id)
+        self.store.delete(reply)
+
+
+class FleetServer:
+    """Listens for clients and exchanges frames with them; use it in a `with` statement. Thread-safe.
+
+    Guarantees: with TLS only nodes whose key is on the roster are admitted; without it only this machine is served;
+    nothing but the Fleet API can be reached from outside; nothing is written to disk.
+    Trust: the server sees every frame; a node sees only frames addressed to it.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        tls: ServerTls | None = None,
+        roster: Roster | None = None,
+        insecure: bool = False,
+    ) -> None:
+        """Start to listen; port 0 takes a free one.
+
+        Raises: ConfigError: if the port is taken, the TLS files are unusable, TLS or the roster is missing, or an
+        insecure server would be reachable from another machine.
+        """
+        if insecure == (tls is not None) or insecure == (roster is not None):
+            raise ConfigError("a server needs TLS files and a roster, or to be insecure; give it one of the two")
+        self._link = _SuperLink()
+        self._letters = Letters(self._link)
+        self._closed = False
+        self._sites = None if roster is None else self._admit(roster)
+        opened = open_socket(host, port, only_loopback=insecure)
+        try:
+            self._listener = Listener(opened, self._endpoints(), tls)
+        except BaseException:
+            opened.close()
+            raise
+        self._listener.start()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Return the host and port that it listens on."""
+        return self._listener.host, self._listener.port
+
+    def __enter__(self) -> Self:
+        """Return the server itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening and forget everything: no thread or socket is left. Any number of times."""
+        self._closed = True
+        self._letters.close()
+        self._listener.close()
+        self._link.store.clear()
+
+    def set_roster(self, roster: Roster) -> None:
+        """Admit exactly the sites of `roster` from now on: the next request of any other is refused.
+
+        Raises: ConfigError: if the server is insecure.
+        """
+        if self._sites is None:
+            raise ConfigError("an insecure server admits everybody on this machine; start it with TLS to use a roster")
+        dropped = self._sites.keys() - roster.by_node_key().keys()
+        self._sites = self._admit(roster)
+        for key in dropped:
+            if (node := self._link.links.get_node_id_by_public_key(key)) is not None:
+                self._link.links.deactivate_node(node)
+        self._letters.look()
+
+    def nodes(self) -> Mapping[int, NodeInfo]:
+        """Return the nodes that are online now, by node id; an id lasts until the server stops."""
+        online = self._link.links.get_node_info(node_ids=sorted(self._link.online()))
+        if self._sites is None:
+            return {info.node_id: NodeInfo(None, None) for info in online}
+        known = [(info.node_id, info.public_key, self._sites.get(info.public_key)) for info in online]
+        return {node: NodeInfo(key, site) for node, key, site in known if site is not None}
+
+    def push(self, frames: Mapping[int, Frame]) -> Mapping[str, int]:
+        """Send each node its frame; return the node of each new message id. Equal frames and arrays are stored once.
+
+        A node that cannot be reached gives a `LinkFailure` at the next `poll`.
+        Raises: StrategyError: if an array cannot be sent. ChannelError: if the server is closed.
+        """
+        if self._closed:
+            raise ChannelError("the server is closed and sends nothing; start a new one")
+        shared: dict[int, Array] = {}
+        packed = {id(frame): pack(frame, shared=shared) for frame in frames.values()}
+        sent: dict[str, int] = {}
+        with inflatable_object.no_object_id_recompute():
+            for node, frame in frames.items():
+                message = self._link.write(node, packed[id(frame)])
+                message_id = message.metadata.message_id
+                sent[message_id] = node
+                self._letters.add(message_id, node)
+                if self._link.links.store_message_ins(message) is None:
+                    self._letters.undeliverable(message_id)
+                self._listener.ring([node])
+        return sent
+
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[str, Frame | LinkFailure]]:
+        """Return what came back since the last call, each message id once; wait up to `timeout_s` for something."""
+        return self._letters.poll(timeout_s)
+
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        """Forget these messages: they are not delivered any more, and a reply that comes is dropped."""
+        self._letters.cancel(message_ids)
+
+    def _admit(self, roster: Roster) -> Mapping[bytes, Site]:
+        sites = roster.by_node_key()
+        for key in sites:
+            if self._link.links.get_node_id_by_public_key(key) is None:
+                self._link.links.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0)
+        return sites
+
+    def _endpoints(self) -> dict[str, Endpoint]:
+        paths = [*_REQUESTS, *(_REGISTRATION if self._sites is None else ())]
+        return {_API + path: partial(self._serve, path) for path in paths}
+
+    async def _serve(self, path: str, request: Request, body: bytes) -> bytes:
+        in_thread = self._listener.in_thread
+        message = await in_thread(partial(self._authenticated, path, request, body))
+        if not isinstance(message, fleet_pb2.PullMessagesRequest):
+            return await in_thread(partial(self._handle, path, message))
+
+        async def attempt() -> bytes | None:
+            if await request.is_disconnected():  # mail is handed out once: keep it for a caller who is still there
+                return b""
+            return await in_thread(partial(self._handle, path, message)) or None
+
+        return await self._listener.doorbells.wait(message.node.node_id, HOLD_S, attempt) or b""
+
+    def _authenticated(self, path: str, request: Request, body: bytes) -> Any:
+        kind, _ = {**_REQUESTS, **_REGISTRATION}[path]
+        try:
+            message = kind.FromString(body)
+            request.scope["app"] = SimpleNamespace(state=SimpleNamespace(linkstate_factory=self._link))
+            request.state.protobuf_request = message
+            authenticate_node(request)
+        except DecodeError:
+            raise RequestRefusedError(400, 0, "the request is not the expected one") from None
+        except HTTPException:
+            raise RequestRefusedError(401, 0, "the signature, its time or the node id is not valid") from None
+        key = base64.b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER])
+        if self._sites is not None and key not in self._sites:
+            raise RequestRefusedError(403, NOT_ENROLLED, "the node key is not enrolled")
+        return message
+
+    def _handle(self, path: str, message: Any) -> bytes:
+        self._check(message)
+        _, handler = {**_REQUESTS, **_REGISTRATION}[path]
+        needs = inspect.signature(handler).parameters
+        extra = {"store": self._link.store, "enable_supernode_auth": self._sites is not None}
+        try:
+            done = handler(message, self._link.links, **{name: extra[name] for name in extra.keys() & needs})
+        except FlowerError as error:
+            known = API_ERROR_MAP[error.code]
+            raise RequestRefusedError(known.http_status_code, error.code, known.public_message) from None
+        self._note(message, done)
+        return bytes(done.SerializeToString())
+
+    def _check(self, message: Any) -> None:
+        """Refuse what Flower lets pass: a reply in another's name, a name that is not the content's, another run."""
+        about, fits = message, True
+        if isinstance(message, fleet_pb2.PushMessagesRequest):
+            fits = len(message.messages_list) == len(message.message_object_trees) == 1
+            about = message.messages_list[0].metadata if fits else message
+            fits = fits and about.src_node_id == message.node.node_id
+            fits = fits and about.message_id == message.message_object_trees[0].object_id
+        if not fits or getattr(about, "run_id", self._link.run_id) != self._link.run_id:
+            raise RequestRefusedError(403, 0, "the request does not fit the session")
+
+    def _note(self, message: Any, done: Any) -> None:
+        """Tell the letters what a request of a node means for them."""
+        match message:
+            case fleet_pb2.ActivateNodeRequest():
+                self._letters.restarted(done.node_id)
+            case fleet_pb2.DeactivateNodeRequest():
+                self._listener.dismiss(message.node_id)
+                self._letters.look()
+            case fleet_pb2.PullMessagesRequest():
+                self._letters.took(one.metadata.message_id for one in done.messages_list)
+            case fleet_pb2.PushMessagesRequest():
+                self._letters.collect([message.messages_list[0].metadata.reply_to_message_id])
+            case message_pb2.PushObjectRequest():
+                self._letters.look()

@@ -1,0 +1,53 @@
+"""What a round came to, as one report: what a user reads, a script parses and a checkpoint keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.validation import Exclusion
+
+LISTED = 1000
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One round. A `status` of "void" means that the model is unchanged, and `why` says for what reason.
+
+    `participants`, `missing`: client numbers (the first 1,000 of each). `metrics`: averages by place: "train" (over the
+    participants' own training), "server", "clients". Bytes are message bodies, without the transport's framing.
+    """
+
+    round: int
+    status: str
+    why: str
+    cohort: int
+    replies: int
+    participants: Sequence[int]
+    missing: Sequence[int]
+    excluded: Sequence[Exclusion]
+    metrics: Mapping[str, Mapping[str, float]]
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    protection: str
+    epsilon: float | None = None
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain values, one line of the history."""
+        body = dataclasses.asdict(self)
+        return {**body, "participants": list(self.participants)[:LISTED], "missing": list(self.missing)[:LISTED]}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> RoundReport:
+        """Return the report that `to_json` described."""
+        excluded = tuple(Exclusion(**row) for row in body["excluded"])
+        return cls(**{**body, "excluded": excluded})
+
+    def metric(self, path: str) -> float | None:
+        """Return a metric by path, such as "server.accuracy", or None if this round has none."""
+        place, _, name = path.partition(".")
+        return self.metrics.get(place, {}).get(name)

@@ -1,0 +1,5 @@
+"""The harness: partitioners, engines and populations that run thousands of clients on one machine."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+"""How a cohort's work is done on this machine. One engine a file; all give the same answer."""

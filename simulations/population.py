@@ -1,0 +1,135 @@
+"""Who the virtual clients are and what each holds. A client's data exist when it is asked for and not before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Subset
+
+from fedml_core.data import ClientData, Data, Examples, targets_of
+from fedml_core.errors import ConfigError, TaskError
+from fedml_core.named import nearest
+from fedml_core.randomness import seeded
+from fedml_core.task import Task
+from simulations.partition import partitioner
+from simulations.partition_contract import Examples as Labels
+from simulations.partition_contract import Partitioner
+
+
+class Population(Protocol):
+    """Numbered clients, 0 to len - 1."""
+
+    def __len__(self) -> int:
+        """Return the number of clients."""
+        ...
+
+    def load(self, client: int) -> ClientData:
+        """Return one client's data."""
+        ...
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """Clients whose data a function makes or reads when they are sampled; a population of millions costs nothing."""
+
+    count: int
+    make: Callable[[int], ClientData]
+
+    def __len__(self) -> int:
+        """Return the number of clients."""
+        return self.count
+
+    def load(self, client: int) -> ClientData:
+        """Return what the function returns for this client.
+
+        Raises: TaskError: if the user's function fails, naming the client.
+        """
+        try:
+            return self.make(client)
+        except Exception as error:
+            raise TaskError(f"client_data({client}) failed: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Partitioned:
+    """Clients that share out one pool of examples.
+
+    `parts`: each client's indices, together every example once. `holdout`: the share of its examples that a client
+    keeps aside to evaluate on, rounded down; which ones depends on the seed and the client alone.
+    """
+
+    pool: Data = field(repr=False)
+    parts: Sequence[NDArray[np.int64]] = field(repr=False)
+    holdout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"holdout must be >= 0 and < 1, got {self.holdout}")
+
+    def __len__(self) -> int:
+        """Return the number of clients."""
+        return len(self.parts)
+
+    def load(self, client: int) -> ClientData:
+        """Return the client's part of the pool, and of that what it keeps aside."""
+        part = self.parts[client]
+        aside = int(len(part) * self.holdout)
+        if aside == 0:
+            return ClientData(_take(self.pool, part))
+        order = seeded(self.seed, "holdout", client).permutation(len(part))
+        return ClientData(
+            _take(self.pool, part[np.sort(order[aside:])]), _take(self.pool, part[np.sort(order[:aside])])
+        )
+
+
+def partition(task: Task, partitioner: Partitioner, clients: int, *, seed: int, holdout: float = 0.0) -> Partitioned:
+    """Return the task's pooled training examples, shared out over `clients`.
+
+    Raises: TaskError: if the task has no pooled data or they are faulty. ConfigError: if they cannot be shared out so.
+    """
+    if task.train_data is None:
+        raise TaskError("the task has neither train_data nor client_data; a simulation needs one of them")
+    pool = task.train_data()
+    task.check(pool, "the task's train_data")
+    groups = None if task.groups is None else np.asarray(task.groups())
+    targets = targets_of(pool)
+    labels = targets.numpy() if targets.dim() == 1 else None
+    return Partitioned(pool, partitioner.split(Labels(len(pool), labels, groups), clients, seed), holdout, seed)
+
+
+def population_of(task: Task, partitioner: Partitioner, clients: int, *, seed: int, holdout: float = 0.0) -> Population:
+    """Return the task's virtual clients if it has them, else its pooled examples shared out."""
+    if task.client_data is not None:
+        return Virtual(clients, task.client_data)
+    return partition(task, partitioner, clients, seed=seed, holdout=holdout)
+
+
+def site_share(task: Task, settings: Mapping[str, Any]) -> ClientData:
+    """Return what client `client` of a simulated population of `clients` holds, for sites that try a fleet out.
+
+    `settings`: a site's `[data]` table: `client`, `clients`, and as in a run.toml `partition`, `seed` and `holdout`.
+    With those of a simulation, the fleet trains the same model. Real sites load their own data instead.
+    """
+    known = ("client", "clients", "partition", "seed", "holdout")
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"[data] has no key {key!r}; {nearest(key, known)}")
+    client, clients = int(settings.get("client", 0)), int(settings.get("clients", 1))
+    if not 0 <= client < clients:
+        raise ConfigError(f"[data] client must be 0 to {clients - 1} for clients = {clients}, got {client}")
+    rule = partitioner(settings.get("partition", {"name": "iid"}))
+    seed, holdout = int(settings.get("seed", 0)), float(settings.get("holdout", 0.0))
+    return population_of(task, rule, clients, seed=seed, holdout=holdout).load(client)
+
+
+def _take(pool: Data, indices: NDArray[np.int64]) -> Data:
+    if isinstance(pool, Examples):
+        return pool.take(torch.from_numpy(indices))
+    return Subset(pool, indices.tolist())  # type: ignore[arg-type]  # torch types Subset for its own Dataset class only

@@ -1,0 +1,275 @@
+"""Any strategy of ours in an ordinary Flower `ServerApp`, with every reply checked before it counts."""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from fedml_core import engine_guard  # noqa: F401 - its import sets Flower's switches, before Flower reads them
+
+# isort: split
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    MetricRecordValues,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy as FlowerContract
+
+from fedml_core.checks import require_number, require_whole
+from fedml_core.errors import ReplyError, RunError, StrategyError
+from fedml_core.model import ModelSpec
+from fedml_core.randomness import seeded
+from fedml_core.transform import Draws, Guide, State
+from fedml_core.update import Update
+from strategies.array_layout import ArrayLayout, NDArray
+from strategies.reported import Metrics, mean_metrics, read_metrics
+from strategies.strategy import Strategy, counted
+
+_log = logging.getLogger(__name__)
+_NUMPY = "numpy.ndarray"
+_POLL_S = 0.2
+
+Record = TypeVar("Record")
+Row = tuple[float, Metrics]
+
+
+class FlowerStrategy(FlowerContract):
+    """A Flower strategy that aggregates as one of ours does; everything else is as with Flower's own.
+
+    `FlowerStrategy(FedAdam(learning_rate=0.01)).start(grid=grid, initial_arrays=arrays, num_rounds=3)`
+
+    Guarantees: a reply that is an error, a second one of its node, from a node that was not asked, without exactly the
+    model's arrays in their shapes as finite floats, or without a number of examples in (0, max_weight], does not count
+    and stops nothing: it is logged, with the node and the reason. A round without any good reply, or whose step is
+    refused, returns the model as it was. Arrays of integers stay the server's own. Training metrics are means over the
+    good replies that report them, by examples.
+    Differs from Flower's FedAvg: cohorts are drawn from `seed`, and too few nodes are an error after `wait_s`.
+    Trust: the server sees every client's model; a strategy that promises more is refused.
+    Args: strategy: one whose clients keep nothing between rounds, because Flower's ClientApps do not run our client
+        half; FedProx's mu is sent in the train config as `proximal-mu`, as Flower's FedProx does, for the ClientApp to
+        apply. fraction_train, fraction_evaluate: the share of connected nodes that is asked, rounded down, but at least
+        min_nodes; 0 for none. weight_key: the metric that counts examples. buffers: names of arrays that take the mean
+        and no server optimizer, such as BatchNorm's running statistics; Flower's own make no difference.
+    Raises: StrategyError: for a strategy that needs more than Flower's clients do.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        *,
+        fraction_train: float = 1.0,
+        fraction_evaluate: float = 1.0,
+        min_nodes: int = 2,
+        weight_key: str = "num-examples",
+        buffers: Collection[str] = (),
+        seed: int = 0,
+        wait_s: float = 600.0,
+    ) -> None:
+        require_number("fraction_train", fraction_train, at_least=0, at_most=1)
+        require_number("fraction_evaluate", fraction_evaluate, at_least=0, at_most=1)
+        require_whole("min_nodes", min_nodes, at_least=1)
+        require_number("wait_s", wait_s, at_least=0)
+        self.strategy = strategy
+        self.state: State | None = None
+        """The strategy's state: read it to save it, set it to go on from there. It outlives `start`."""
+        self._mu = _sendable_guide(strategy).mu
+        self._fractions = {MessageType.TRAIN: fraction_train, MessageType.EVALUATE: fraction_evaluate}
+        self._min_nodes = min_nodes
+        self._weight_key = weight_key
+        self._buffers = frozenset(buffers)
+        self._seed = seed
+        self._wait_s = wait_s
+        self._asked: dict[str, list[Message]] = {}
+        self._arrays: dict[str, NDArray] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return one message for each node of the cohort, with the model and the round's config."""
+        self._arrays = {name: array.numpy() for name, array in arrays.items()}
+        ArrayLayout.of(self._arrays, self._buffers)
+        sent = {**config, "server-round": server_round}
+        if self._mu > 0:
+            sent["proximal-mu"] = self._mu
+        return self._messages(MessageType.TRAIN, server_round, arrays, ConfigRecord(sent), grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the next model, or the same where there was nothing to learn from, and the mean training metrics."""
+        if not self._arrays:
+            raise StrategyError("aggregate_train has no model to add to; call configure_train before it")
+        layout = ArrayLayout.of(self._arrays, self._buffers)
+        parameters = layout.flatten(self._arrays)
+        state = self.strategy.init(layout.spec) if self.state is None else self.state
+        _require_fit(state, self.strategy.init(layout.spec))
+        draws, told = Draws.of(self._seed, "flower", server_round), self.strategy.told(state)
+        accumulator, reported = self.strategy.accumulator(layout.spec), []
+        for node, content in self._answers(MessageType.TRAIN, server_round, replies):
+            try:
+                update, row = self._update(content, layout, parameters)
+                accumulator.add(self.strategy.encode_for(update, told, draws.within(node)))
+                reported.append(row)
+            except ReplyError as error:
+                _excluded(server_round, node, error)
+        arrays = self._arrays
+        try:
+            stepped, after = self.strategy.step(parameters, accumulator.total(), state, draws.within("decode"))
+            arrays = layout.merge(stepped, arrays) if accumulator.count else arrays
+            self.state = after
+        except StrategyError as error:
+            _log.error("round %d changed nothing: %s", server_round, error)
+        return _record(arrays), _means(reported)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return one message for each node that is asked to evaluate."""
+        sent = ConfigRecord({**config, "server-round": server_round})
+        return self._messages(MessageType.EVALUATE, server_round, arrays, sent, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return the mean metrics of the good replies, by examples, or None if there are none."""
+        reported = []
+        for node, content in self._answers(MessageType.EVALUATE, server_round, replies):
+            try:
+                reported.append(self._metrics(content))
+            except ReplyError as error:
+                _excluded(server_round, node, error)
+        return _means(reported)
+
+    def summary(self) -> None:
+        """Log the strategy and who is protected from whom."""
+        _log.info("%r; protection: %s, the server sees every update", self.strategy, self.strategy.protection())
+
+    def _update(self, content: RecordDict, layout: ArrayLayout, parameters: Tensor) -> tuple[Update, Row]:
+        """Return a reply's update, and its number of examples with all its metrics."""
+        arrays = {name: _numpy(array) for name, array in _only(content.array_records, "arrays").items()}
+        examples, metrics = self._metrics(content)
+        scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        delta = layout.flatten(arrays) - parameters
+        return counted(delta, examples, self.strategy.max_weight, scalars), (examples, metrics)
+
+    def _metrics(self, content: RecordDict) -> Row:
+        record = _only(content.metric_records, "metrics")
+        return read_metrics(record, self._weight_key, self.strategy.max_weight)
+
+    def _messages(
+        self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        fraction, self._asked[kind] = self._fractions[kind], []
+        if fraction == 0:
+            return []
+        nodes = self._connected(grid)
+        count = max(int(fraction * len(nodes)), self._min_nodes)
+        picked = seeded(self._seed, "sample", kind, server_round).choice(len(nodes), size=count, replace=False)
+        content = RecordDict({"arrays": arrays, "config": config})
+        cohort = [Message(content, nodes[place], kind, group_id=str(server_round)) for place in sorted(picked)]
+        self._asked[kind] = cohort
+        return cohort
+
+    def _connected(self, grid: Grid) -> list[int]:
+        """Return the connected nodes, as soon as there are enough."""
+        deadline = time.monotonic() + self._wait_s
+        while len(nodes := sorted(grid.get_node_ids())) < self._min_nodes:
+            if time.monotonic() >= deadline:
+                raise RunError(
+                    f"{len(nodes)} nodes connected within {self._wait_s:g} s, {self._min_nodes} are needed; "
+                    "start more, or lower min_nodes"
+                )
+            time.sleep(_POLL_S)
+        return nodes
+
+    def _answers(self, kind: str, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[int, RecordDict]]:
+        """Yield node and content of each first reply with content of a node that was asked; log the others."""
+        sent = self._asked.get(kind, [])
+        asked = {message.metadata.dst_node_id for message in sent}
+        # An error that Flower itself reports names the server as its source; the message's id tells the node.
+        by_id = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
+        seen: set[int] = set()
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                node = by_id.get(reply.metadata.reply_to_message_id, node)
+                _excluded(server_round, node, ReplyError("error", f"it failed: {str(reply.error.reason)[:200]!r}"))
+            elif node not in asked:
+                _excluded(server_round, node, ReplyError("unknown", "it was not asked in this round"))
+            elif node in seen:
+                _excluded(server_round, node, ReplyError("duplicate", "it replied before"))
+            else:
+                seen.add(node)
+                yield node, reply.content
+
+
+def _sendable_guide(strategy: Strategy) -> Guide:
+    """Return the guide of a strategy that Flower's clients can follow, knowing nothing of pipelines."""
+    if not isinstance(strategy, Strategy):
+        raise StrategyError(f"FlowerStrategy takes one of fedveil's strategies, got {type(strategy).__name__}")
+    name = type(strategy).__name__
+    if strategy.protection() != "none":
+        raise StrategyError(
+            f"Flower's clients send their models in the clear, so {name} cannot give {strategy.protection()!r} here; "
+            "run it with fedveil's own clients"
+        )
+    half, probe = strategy.client_half(), ModelSpec.of_size(1)
+    if half.memory(probe):
+        raise StrategyError(
+            f"{name}'s clients remember something between rounds, which Flower's ClientApps do not do for it; "
+            "run it with fedveil's own clients"
+        )
+    guide = half.guide(strategy.told(strategy.init(probe)), {})
+    if guide.offset is not None:
+        raise StrategyError(f"{name} steers each local step, which Flower's config cannot say; use fedveil's clients")
+    return guide
+
+
+def _require_fit(state: State, fresh: State) -> None:
+    if _shapes(state) != _shapes(fresh):
+        raise StrategyError("the strategy's state is of another model; set state to None to start anew")
+
+
+def _shapes(tree: object) -> object:
+    if isinstance(tree, Mapping):
+        return {key: _shapes(value) for key, value in tree.items()}
+    return tree.shape if isinstance(tree, Tensor) else None
+
+
+def _only(records: Mapping[str, Record], what: str) -> Record:
+    if len(records) != 1:
+        raise ReplyError(what, f"it must hold exactly one record of {what}, got {len(records)}")
+    return next(iter(records.values()))
+
+
+def _numpy(array: Array) -> NDArray:
+    if array.stype != _NUMPY:
+        raise ReplyError("malformed", f"its arrays must be of type {_NUMPY}, got {array.stype[:40]!r}")
+    try:
+        # Array.numpy() would read zip files, too.
+        return np.lib.format.read_array(io.BytesIO(array.data))
+    except Exception as error:  # there is no closed list of what a client's bytes make NumPy's parser raise
+        raise ReplyError("malformed", f"its arrays cannot be read: {type(error).__name__}") from error
+
+
+def _record(arrays: Mapping[str, NDArray]) -> ArrayRecord:
+    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+
+def _means(reported: Iterable[tuple[float, Metrics]]) -> MetricRecord | None:
+    means: dict[str, MetricRecordValues] = {**mean_metrics(reported)}
+    return MetricRecord(means) if means else None
+
+
+def _excluded(server_round: int, node: int, error: ReplyError) -> None:
+    _log.warning("round %d: the reply of node %d does not count (%s): %s", server_round, node, error.rule, error)

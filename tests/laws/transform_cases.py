@@ -1,0 +1,98 @@
+"""A sample of every transform, with what its docstring promises of one round: add a line here for each new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedml_core.compression import StochasticQuantize, TopK
+from fedml_core.control_variates import ControlVariates
+from fedml_core.model import ModelSpec
+from fedml_core.proximal import Proximal
+from fedml_core.transform import Chain, Transform, chain
+from fedml_core.weighting import ByExamples, ByMetric, Uniform, Weigh
+from strategies.server_optimizers import ServerAdagrad, ServerAdam, ServerMomentum, ServerStep, ServerYogi
+
+SPEC = ModelSpec.of(torch.nn.BatchNorm1d(3))
+"""Six trainable parameters, then six averaged buffers."""
+
+Promise = Callable[[Tensor, Tensor], Tensor]
+"""From the clients' updates (n, d) and numbers of examples (n,), in float64, to the step (d,) of the first round."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A transform; the step that it promises; and how far off it may be, for updates of magnitude 1 and n clients.
+
+    `reproducible`: its draws come from keys, so that equal arguments give equal results; privacy noise does not.
+    """
+
+    transform: Transform
+    promised: Promise
+    tolerance: Callable[[int], float] = lambda clients: 4e-6 * clients
+    reproducible: bool = True
+
+
+def total(values: Tensor, examples: Tensor) -> Tensor:
+    return values.sum(dim=0)
+
+
+def mean(values: Tensor, examples: Tensor) -> Tensor:
+    return values.mean(dim=0)
+
+
+def weighted_mean(values: Tensor, examples: Tensor) -> Tensor:
+    return (values * examples[:, None]).sum(dim=0) / examples.sum()
+
+
+def largest_two(values: Tensor, examples: Tensor) -> Tensor:
+    """Return the sum of each client's two largest parameters, and of all buffers."""
+    kept = values.clone()
+    for row in kept:
+        # Python's sort is stable: of equal magnitudes the first are kept.
+        row[sorted(range(6), key=lambda place: -abs(row[place]))[2:]] = 0
+    return kept.sum(dim=0)
+
+
+def for_parameters(step: Callable[[Tensor], Tensor], of: Promise = total) -> Promise:
+    """Return the promise to apply `step` to the parameters' part of a promise and to leave the buffers' part."""
+
+    def promised(values: Tensor, examples: Tensor) -> Tensor:
+        before = of(values, examples)
+        return torch.cat([step(before[:6]), before[6:]])
+
+    return promised
+
+
+def adam(delta: Tensor) -> Tensor:
+    """Return Adam's first step with the defaults: both corrections have the exponent 2."""
+    rate = 0.1 * (1 - 0.99**2) ** 0.5 / (1 - 0.9**2)
+    return rate * 0.1 * delta / ((0.01 * delta**2).sqrt() + 1e-3)
+
+
+CASES: dict[str, list[Case]] = {
+    "Chain": [
+        Case(Chain(), total),
+        Case(chain(ServerStep(0.5), Proximal(0.1), Weigh(Uniform())), for_parameters(lambda d: 0.5 * d, mean)),
+        Case(chain(ServerAdam(), ControlVariates(50), Weigh(Uniform())), for_parameters(adam, mean)),
+        Case(chain(Weigh(ByExamples()), TopK(1.0)), weighted_mean),
+    ],
+    "Weigh": [
+        Case(Weigh(Uniform()), mean),
+        Case(Weigh(ByExamples()), weighted_mean),
+        Case(Weigh(ByMetric("examples", power=0.0)), mean),
+    ],
+    "Proximal": [Case(Proximal(0.1), total)],
+    # Without Weigh to the right of it, what ControlVariates takes for the mean is the sum.
+    "ControlVariates": [Case(ControlVariates(population=50), total)],
+    "TopK": [Case(TopK(1 / 3), largest_two), Case(TopK(1.0), total)],
+    "StochasticQuantize": [Case(StochasticQuantize(8), total, lambda clients: clients / 127 + 1e-5)],
+    "ServerStep": [Case(ServerStep(0.25), for_parameters(lambda d: 0.25 * d))],
+    "ServerMomentum": [Case(ServerMomentum(0.5, momentum=0.9), for_parameters(lambda d: 0.5 * d))],
+    "ServerAdagrad": [Case(ServerAdagrad(), for_parameters(lambda d: 0.1 * d / (d.abs() + 1e-3)))],
+    "ServerAdam": [Case(ServerAdam(), for_parameters(adam))],
+    "ServerYogi": [Case(ServerYogi(), for_parameters(lambda d: 0.01 * 0.1 * d / (0.1 * d.abs() + 1e-3)))],
+}
