@@ -207,6 +207,7 @@ class FleetServer:
         for key in dropped:
             if (node := self._link.links.get_node_id_by_public_key(key)) is not None:
                 self._link.links.deactivate_node(node)
+                self._listener.dismiss(node)
         self._letters.look()
 
     def nodes(self) -> Mapping[int, NodeInfo]:

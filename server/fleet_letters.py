@@ -116,7 +116,8 @@ class Letters:
         """Note that a node's process began anew: what it took and did not answer whole is lost."""
         with self._news:
             for message_id, letter in list(self._under_way.items()):
-                if letter.node == node and letter.taken and (letter.answer is None or letter.missing):
+                is_whole = letter.answer is not None and all(self._room.part(part) for part in letter.missing)
+                if letter.node == node and letter.taken and not is_whole:
                     self._fail(message_id, "restarted")
             self._news.notify_all()
 

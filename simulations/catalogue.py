@@ -10,12 +10,15 @@ from typing import Any
 
 from fedml_core.errors import ConfigError
 from fedml_core.named import nearest
+from fedml_core.transform import Transform
 from fedml_core.weighting import Weighting
 from server.configure import import_strategies
 from server.sampling import Sampling
 from simulations.configure import ENGINES, partitioners
 from strategies.schedules import Schedule
 from strategies.strategy import Strategy
+
+REQUIRED = "required"
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Entry:
     @property
     def call(self) -> str:
         """Return the name and its arguments in one line."""
-        shown = (name if default == "required" else f"{name} = {default}" for name, default in self.arguments.items())
-        return f"{self.name}({', '.join(shown)})"
+        required = [name for name, default in self.arguments.items() if default == REQUIRED]
+        optional = [f"{name} = {default}" for name, default in self.arguments.items() if default != REQUIRED]
+        return f"{self.name}({', '.join([*required, *optional])})"
 
 
 def catalogue(kind: str | None = None) -> dict[str, list[Entry]]:
@@ -45,6 +49,7 @@ def catalogue(kind: str | None = None) -> dict[str, list[Entry]]:
         "samplings": Sampling.members,
         "weightings": Weighting.members,
         "schedules": Schedule.members,
+        "transforms": Transform.members,
         "engines": ENGINES,
     }
     if kind is not None and kind not in kinds:
@@ -66,10 +71,12 @@ def _default(field: dataclasses.Field[Any]) -> str:
         return _shown(field.default)
     if field.default_factory is not dataclasses.MISSING:
         return _shown(field.default_factory())
-    return "required"
+    return REQUIRED
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
     return f'"{value}"' if isinstance(value, str) else str(value)

@@ -66,7 +66,7 @@ def simulation_from(config: RunConfig, task: Task) -> Simulation:
 def partitioners() -> dict[str, type[Partitioner]]:
     """Return every partitioner by its class name, those that the user's task defines included."""
     found: dict[str, type[Partitioner]] = {}
-    waiting = [Partitioner]
+    waiting: list[type[Partitioner]] = Partitioner.__subclasses__()
     while waiting:
         kind = waiting.pop()
         waiting.extend(kind.__subclasses__())

@@ -77,7 +77,7 @@ def _run(console: Console, simulation: Simulation, request: Request, folder: Pat
     again = f"fedveil simulate {shlex.quote(str(request.path))} --resume"
     if request.out is not None:
         again += f" --out {shlex.quote(str(request.out))}"
-    console.on_interrupt = lambda: f"; {_done(folder)}; go on with: {again}"
+    console.on_interrupt = lambda: _kept(folder, again)
     with Progress(console, simulation.rounds) as progress:
         try:
             return simulation.run(out=folder, resume=request.resume, overwrite=request.overwrite, callbacks=[progress])
@@ -85,12 +85,14 @@ def _run(console: Console, simulation: Simulation, request: Request, folder: Pat
             raise RunError(f"{error}; every round is in {folder}") from error
 
 
-def _done(folder: Path) -> str:
+def _kept(folder: Path, again: str) -> str:
     try:
         rounds = len(read_history(folder))
     except ConfigError:
         rounds = 0
-    return f"{rounds} rounds are kept in {folder}"
+    if rounds == 0:
+        return "; no round was finished, so nothing is kept"
+    return f"; {rounds} rounds are kept in {folder}; go on with: {again}"
 
 
 def _central(simulation: Simulation, task: Task, history: History) -> Mapping[str, float]:

@@ -27,7 +27,7 @@ COMMANDS = ("server.app", "clients.app", "simulations.app")
 ROOT_COMMAND = "simulations/app.py"
 RANDOMNESS = "fedml_core/randomness.py"
 GUARD = "fedml_core/engine_guard.py"
-LOCAL_TORCH = "clients/devices.py"
+LOCAL_TORCH = "fedml_core/devices.py"
 
 FLOWER_PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy")
 ANY_NAME = "flwr"

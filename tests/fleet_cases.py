@@ -59,6 +59,11 @@ def gather(server: FleetServer, sent: Mapping[str, int]) -> dict[int, Back]:
     return back
 
 
+def texts(back: Mapping[int, Back]) -> dict[int, tuple[str, str] | LinkFailure]:
+    """Return kind and header of each frame: frames compare by identity."""
+    return {node: (one.kind, one.header) if isinstance(one, Frame) else one for node, one in back.items()}
+
+
 def is_empty(server: FleetServer) -> bool:
     """Return whether the server keeps nothing of what was exchanged."""
     links = server._link.links
@@ -93,7 +98,8 @@ class Runner:
             self.raised.append(error)
 
     def hears(self, words: str) -> None:
-        soon(lambda: any(words in line for line in self.said), f"the client says {words!r}; it said {self.said}")
+        found = wait_until(lambda: any(words in line for line in self.said), PATIENCE_S)
+        assert found, f"the client never said {words!r}; it said {self.said}"
 
     def end(self) -> None:
         self.stop.set()
@@ -120,7 +126,7 @@ def local(server: FleetServer, **options: Any) -> FleetClient:
 
 
 @contextmanager
-def raw_node(server: FleetServer) -> Iterator[tuple[_Wire, Node, Callable[[], None]]]:
+def raw_node(server: FleetServer) -> Iterator[tuple[_Wire, Node, Callable[[], object]]]:
     """Be a node without a `FleetClient`: online, asking only what the test asks; the function goes online again."""
     key = ec.generate_private_key(ec.SECP384R1())
     public = node_key_bytes(key.public_key())

@@ -6,13 +6,12 @@ reported, by Python's own audit events; so is a signal or an exit that somebody 
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import sys
 import threading
 from typing import Any
-
-from tests.guards import _is_loopback
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _broken: list[str] = []
@@ -23,7 +22,7 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         _broken.append(f"wrote {arguments[0]}")
     elif event in ("os.mkdir", "os.rename", "os.kill", "signal.pthread_kill", "subprocess.Popen"):
         _broken.append(f"{event} {arguments[0]}")
-    elif event == "socket.connect" and not _is_loopback(str(arguments[1][0])):
+    elif event == "socket.connect" and not ipaddress.ip_address(arguments[1][0]).is_loopback:
         _broken.append(f"connected to {arguments[1]}")
 
 

@@ -72,7 +72,7 @@ CAUGHT: tuple[tuple[Rule, str, str], ...] = (
     (forbidden_names, "server/x.py", "import torch\ntorch.random.manual_seed(1)"),
     (forbidden_names, "server/x.py", "import torch\ntorch.cuda.manual_seed_all(1)"),
     (forbidden_names, "fedml_core/task.py", "import numpy as np\nnp.random.seed(1)"),
-    (forbidden_names, "clients/devices.py", "import torch\ntorch.random.manual_seed(1)"),
+    (forbidden_names, "fedml_core/devices.py", "import torch\ntorch.random.manual_seed(1)"),
     (draws_name_their_generator, "server/x.py", "import torch\ntorch.randn(3)"),
     (draws_name_their_generator, "server/x.py", "from torch import randperm as r\nr(3)"),
     (draws_name_their_generator, "server/x.py", "x.mul(2).normal_(0, 1)"),

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clients import minibatches
-from clients.minibatches import epoch_order, training_order
+from fedml_core import minibatches
 from fedml_core.data import Examples
 from fedml_core.errors import TaskError
+from fedml_core.minibatches import epoch_order, training_order
 from fedml_core.model import ModelSpec
 from fedml_core.task import Task
 from fedml_core.training import Training
@@ -106,7 +106,7 @@ def test_training_sums_are_means_over_everything_processed_times_the_examples() 
 def test_a_long_training_adds_up_as_a_short_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, data, training = trainer_of(classification()), labelled(23), Training(epochs=3, batch_size=2)
     at_the_end = trained(trainer, data, training)
-    monkeypatch.setattr("clients.local_step._WAITING", 3)
+    monkeypatch.setattr("fedml_core.forward._WAITING", 3)
     in_between = trained(trainer, data, training)
     for name, value in at_the_end.sums.items():
         assert in_between.sums[name].item() == pytest.approx(value.item(), rel=1e-12)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from fedml_core.config import RunConfig, SiteConfig, load_run, load_site
 from fedml_core.errors import ConfigError
@@ -231,11 +232,13 @@ def test_a_mistake_in_a_site_toml_is_told(tmp_path: Path, text: str, said: str) 
 
 
 def test_every_key_is_described() -> None:
-    waiting = [RunConfig, SiteConfig]
+    waiting: list[type[BaseModel]] = [RunConfig, SiteConfig]
+    seen = []
     while waiting:
         model = waiting.pop()
+        seen.append(model)
         for name, info in model.model_fields.items():
             assert info.description, f"{model.__name__}.{name} has no description"
-            if isinstance(info.annotation, type) and issubclass(info.annotation, type(RunConfig).__mro__[-1]):
-                inner = getattr(info.annotation, "model_fields", None)
-                waiting += [info.annotation] if inner else []
+            options = (info.annotation, *get_args(info.annotation))
+            waiting += [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+    assert Training in seen

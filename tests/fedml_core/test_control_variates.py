@@ -8,7 +8,7 @@ import torch
 from fedml_core.control_variates import ControlVariates
 from fedml_core.errors import ConfigError, ReplyError, StrategyError
 from fedml_core.model import ModelSpec
-from fedml_core.transform import Draws
+from fedml_core.transform import Draws, State
 from fedml_core.update import Total, Update
 
 SPEC = ModelSpec.of(torch.nn.BatchNorm1d(1))  # weight, bias; then the running mean and variance
@@ -54,7 +54,8 @@ def test_decode_splits_the_mean_and_moves_c_by_the_share_that_took_part() -> Non
 
 
 def test_c_stays_the_mean_of_all_c_i_when_parts_of_the_population_take_part() -> None:
-    transform, clients = ControlVariates(population=5), {i: {"c_i": torch.zeros(2)} for i in range(5)}
+    transform = ControlVariates(population=5)
+    clients: dict[int, State] = {i: transform.memory(SPEC) for i in range(5)}
     state = transform.init(SPEC)
     for cohort in ([0, 1], [1, 2, 3], [4], [0, 1, 2, 3, 4], [2]):
         values = torch.zeros(8)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +14,10 @@ from fedml_core.compression import StochasticQuantize, TopK
 from fedml_core.control_variates import ControlVariates
 from fedml_core.model import ModelSpec
 from fedml_core.proximal import Proximal
-from fedml_core.transform import Chain, Transform, chain
+from fedml_core.transform import Chain, Guide, State, Transform, chain
+from fedml_core.update import Total, Update
 from fedml_core.weighting import ByExamples, ByMetric, Uniform, Weigh
+from fedml_core.wire import from_frame, to_frame
 from strategies.server_optimizers import ServerAdagrad, ServerAdam, ServerMomentum, ServerStep, ServerYogi
 
 SPEC = ModelSpec.of(torch.nn.BatchNorm1d(3))
@@ -69,7 +73,7 @@ def for_parameters(step: Callable[[Tensor], Tensor], of: Promise = total) -> Pro
 
 def adam(delta: Tensor) -> Tensor:
     """Return Adam's first step with the defaults: both corrections have the exponent 2."""
-    rate = 0.1 * (1 - 0.99**2) ** 0.5 / (1 - 0.9**2)
+    rate = 0.1 * math.sqrt(1 - 0.99**2) / (1 - 0.9**2)
     return rate * 0.1 * delta / ((0.01 * delta**2).sqrt() + 1e-3)
 
 
@@ -96,3 +100,30 @@ CASES: dict[str, list[Case]] = {
     "ServerAdam": [Case(ServerAdam(), for_parameters(adam))],
     "ServerYogi": [Case(ServerYogi(), for_parameters(lambda d: 0.01 * 0.1 * d / (0.1 * d.abs() + 1e-3)))],
 }
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Say whether two trees, updates, totals or guides are equal, leaf by leaf."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, Update | Total | Guide):
+        return type(a) is type(b) and equal(vars(a), vars(b))
+    return type(a) is type(b) and bool(a == b)
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Mapping):
+        return [leaf for value in tree.values() for leaf in leaves(value)]
+    return [tree] if isinstance(tree, Tensor) else []
+
+
+def stacked(trees: Sequence[Any]) -> Any:
+    if isinstance(trees[0], Mapping):
+        return {key: stacked([tree[key] for tree in trees]) for key in trees[0]}
+    return torch.stack(list(trees)) if isinstance(trees[0], Tensor) else trees[0]
+
+
+def restored(tree: State) -> State:
+    return from_frame(to_frame("state", tree))

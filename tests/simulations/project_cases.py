@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click.testing
 from typer.testing import CliRunner
 
+from fedml_core.named import Named
 from simulations.app import app
 
 TASK = """
@@ -39,6 +43,23 @@ count = 4
 [training]
 batch_size = 5
 """
+
+
+USERS = "fedveil_task_"
+"""How the names of modules begin that were loaded from a task's file."""
+
+
+@contextmanager
+def nothing_stays() -> Iterator[None]:
+    """Forget, at the end, what a task that was loaded inside added: to the module path, the modules, the names."""
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+    for name in [name for name in sys.modules if name.startswith(USERS)]:
+        del sys.modules[name]
+    for family in Named.__subclasses__():
+        for name in [name for name, member in family.members.items() if member.__module__.startswith(USERS)]:
+            del family.members[name]
 
 
 def project(folder: Path, run: str = RUN, task: str = TASK) -> Path:

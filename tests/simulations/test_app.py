@@ -6,18 +6,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from server.history import read_history
-from tests.simulations.project_cases import RUN, TASK, fedveil, last_json, project
+from tests.simulations.project_cases import RUN, TASK, fedveil, last_json, nothing_stays, project
 from tests.sources import ROOT
 
 
 @pytest.fixture(autouse=True)
-def same_module_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def forget_tasks() -> Iterator[None]:
+    with nothing_stays():
+        yield
 
 
 def test_json_is_the_last_line_of_stdout_and_alone_there(tmp_path: Path) -> None:
@@ -169,6 +171,13 @@ def test_ctrl_c_leaves_a_history_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "not finished" in shown.stdout
 
 
+def test_ctrl_c_before_the_first_round_says_that_nothing_is_kept(tmp_path: Path) -> None:
+    task = TASK.replace("def rows(count):", "def rows(count):\n    raise KeyboardInterrupt")
+    result = fedveil("simulate", project(tmp_path, task=task), "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.stderr == "error: interrupted; no round was finished, so nothing is kept\n"
+
+
 def test_report_shows_the_run_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = fedveil("simulate", project(tmp_path), "--out", out, "--central", "--no-plots")
@@ -188,10 +197,15 @@ def test_list_names_every_kind_with_arguments_and_purpose() -> None:
     assert {"FedAvg", "FedProx", "FedAdam"} <= names["strategies"]
     assert {"EveryClient", "FixedSampling", "PoissonSampling"} <= names["samplings"]
     assert "ByExamples" in names["weightings"]
-    assert names["engines"] == {"sequential"}
+    assert "sequential" in names["engines"]
     proximal = next(entry for entry in kinds["strategies"] if entry["name"] == "FedProx")
     assert proximal["arguments"]["mu"] == "required"
     assert all(entry["about"] for entries in kinds.values() for entry in entries)
+
+
+def test_list_shows_what_must_be_given_first() -> None:
+    result = fedveil("list", "strategies")
+    assert "FedProx(mu, max_weight = 1e+09, " in result.stdout
 
 
 def test_list_of_one_kind_is_for_people() -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.simulations.project_cases import RUN, TASK, fedveil, last_json, project
+from tests.simulations.project_cases import RUN, TASK, fedveil, last_json, nothing_stays, project
 
 
 @pytest.fixture(autouse=True)
-def same_module_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def forget_tasks() -> Iterator[None]:
+    with nothing_stays():
+        yield
 
 
 LABELS = TASK.replace("(x[:, 0] > 0).long()", "(x[:, 0] > 0).long() * 7")

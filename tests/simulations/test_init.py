@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fedml_core.config import load_run, load_site
 from fedml_core.loading import load_task
-from tests.simulations.project_cases import fedveil, last_json
+from tests.simulations.project_cases import fedveil, last_json, nothing_stays
 
 
 @pytest.fixture(autouse=True)
-def same_module_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def forget_tasks() -> Iterator[None]:
+    with nothing_stays():
+        yield
 
 
 def test_the_project_runs_as_it_is(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import inspect
 import pickle
 from collections.abc import Sequence
@@ -505,10 +504,3 @@ def test_a_table_that_is_wrong_is_answered_with_the_nearest_right_one(table: Any
     with pytest.raises(ConfigError) as error:
         partitioner(table)
     assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize("module", [partition, partition_contract, partition_sizes])
-def test_the_examples_in_the_docstrings_run(module: Any) -> None:
-    result = doctest.testmod(module)
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from clients import devices
-from clients.devices import choose_device, gradient_scaler, precision_context, seeded_torch
 from clients.torch_trainer import TorchTrainer
+from fedml_core import devices
+from fedml_core.devices import choose_device, gradient_scaler, precision_context, seeded_torch
 from fedml_core.errors import ConfigError
 from fedml_core.training import Precision, Training
 from fedml_core.transform import Guide

@@ -1,0 +1,128 @@
+"""A task's model on one device, ready to load any parameters and evaluate them. Servers and clients both need one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from fedml_core.data import Data, Examples, batch_of
+from fedml_core.devices import choose_device, precision_context, seeded_torch
+from fedml_core.errors import ConfigError, TaskError
+from fedml_core.forward import Forward, Tally, guarded
+from fedml_core.minibatches import Fetch, ordered_batches
+from fedml_core.model import ModelSpec
+from fedml_core.randomness import seed_of
+from fedml_core.task import Task
+
+
+class Evaluator:
+    """Keeps one module of a task and evaluates whatever parameters it is given.
+
+    Guarantees: what a call returns depends on its arguments, the task, the seed and the kind of device, never on the
+    calls before: everything of the module that does not travel in the vector (frozen parameters, integer buffers such
+    as BatchNorm's batch counter, buffers that are not persistent) starts each call as it was built. Torch's global
+    random state is left as it was. One evaluator serves one thread at a time.
+
+    Args: seed: of the initial weights. device: see `fedml_core.devices.choose_device`.
+    Raises: TaskError: if the model cannot be built or a metric takes a reserved name; ConfigError: for the device.
+    """
+
+    def __init__(self, task: Task, seed: int = 0, *, device: str = "auto") -> None:
+        taken = [name for name in ("examples", "loss") if name in task.metrics]
+        if taken:
+            raise TaskError(f"a metric may not be called {taken[0]}, which every report has; rename it")
+        self.task, self._seed = task, seed
+        self.device = choose_device(device)
+        self.module = task.build(seed)
+        self.spec = ModelSpec.of(self.module)
+        self._initial = self.spec.flatten(self.module).cpu()
+        self.module.to(self.device)
+        self._rest = _Rest.of(self.module, self.spec)
+
+    def initial(self) -> Tensor:
+        """Return the built model as a new float32 vector of shape (d,) on the CPU."""
+        return self._initial.clone()
+
+    def evaluate(self, parameters: Tensor, data: Data, batch_size: int = 256) -> dict[str, float]:
+        """Return `examples`, the data's total weight, and the weighted sums of the loss and of each metric over it.
+
+        Divided by `examples` they are exact averages; sums of several clients, or of parts of the data, add up.
+
+        Raises: TaskError: if the data does not fit the task, or the user's code fails; SpecMismatchError:
+            if `parameters` is not (d,).
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be >= 1, got {batch_size}")
+        when = "in evaluation"
+        with seeded_torch(seed_of(self._seed, "evaluate"), self.device), torch.no_grad():
+            source, total = self.source(data, when)
+            self.load(parameters, when)
+            self.module.eval()
+            tally = Tally(self.device)
+            forward = Forward(self.task, self.module, when, precision_context("float32", self.device))
+            for batch in ordered_batches(source, [torch.arange(len(data))], batch_size, self.device):
+                losses, outputs = forward(batch)
+                forward.tally(tally, losses, outputs, batch)
+        return {"examples": total, **{name: value for name, value in tally.read().items() if name != "examples"}}
+
+    def source(self, data: Data, when: str) -> tuple[Examples | Fetch, float]:
+        """Return the data on the device, or how to fetch it there, and its total weight."""
+        guarded(self.task.check, "the task's data", when)(data, "the client's data")
+        if isinstance(data, Examples):
+            total = len(data) if data.weights is None else data.weights.cpu().sum(dtype=torch.float64).item()
+            return data.to(self.device), float(total)
+
+        def fetch(index: Tensor) -> Examples:
+            batch = batch_of(data, index)
+            # Out of range, a label would end the process on a GPU.
+            self.task.check(batch, "a batch of the client's data")
+            return batch
+
+        return guarded(fetch, "the task's data", when), float(len(data))
+
+    def load(self, parameters: Tensor, when: str) -> Tensor:
+        """Return what the module holds after loading, in its own dtypes, as a vector on the device."""
+
+        def load() -> Tensor:
+            self._rest.restore(self.module)
+            self.spec.load(parameters.to(self.device), self.module)
+            return self.spec.flatten(self.module)
+
+        start: Tensor = guarded(load, "loading the task's model", when)()
+        return start
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What of a module does not travel in its vector, as it was built."""
+
+    kept: dict[str, Tensor] = field(repr=False)
+    names: frozenset[str]
+
+    @classmethod
+    def of(cls, module: nn.Module, spec: ModelSpec) -> _Rest:
+        travelling = {tensor.name for tensor in (*spec.parameters, *spec.buffers)}
+        tensors = dict(chain(module.named_parameters(), module.named_buffers()))
+        kept = {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in travelling}
+        return cls(kept, frozenset(tensors))
+
+    @torch.no_grad()
+    def restore(self, module: nn.Module) -> None:
+        """Put it back, also where a forward pass replaced, resized or added a buffer."""
+        now: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for name, kept in self.kept.items():
+            held = now.get(name)
+            if held is not None and held.shape == kept.shape and held.dtype == kept.dtype:
+                held.copy_(kept)
+            else:
+                setattr(*_place(module, name), kept.clone())
+        for name in now.keys() - self.names:
+            delattr(*_place(module, name))
+
+
+def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    return module.get_submodule(owner), leaf

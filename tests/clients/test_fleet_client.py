@@ -1,0 +1,184 @@
+"""A client alone: what it refuses to start with, what it does without a server, and with one that is not ours."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from clients.fleet import FleetClient
+from fedml_core.errors import ChannelError, ConfigError
+from fedml_core.tls import new_authority
+from fedml_core.wire import Frame
+from server.fleet import FleetServer
+from tests.fleet_cases import PATIENCE_S, answer, gather, local, online, running, soon, texts
+
+KEY = ec.generate_private_key(ec.SECP384R1())
+
+
+@contextmanager
+def other_server(status: int, **headers: str) -> Iterator[tuple[str, list[str]]]:
+    """Run a web server that gives every request the same answer, and writes down the paths."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("content-length", "5")
+            self.end_headers()
+            self.wfile.write(b"hello")
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def free_address() -> str:
+    with FleetServer("127.0.0.1", 0, insecure=True) as server:
+        return f"127.0.0.1:{server.address[1]}"
+
+
+@pytest.mark.parametrize(
+    ("server", "options", "message"),
+    [
+        ("fl.example.org:80", {"insecure": True}, "an insecure client uses no TLS and reaches this machine only"),
+        ("192.0.2.1:80", {"insecure": True}, "an insecure client uses no TLS and reaches this machine only"),
+        ("127.0.0.1:80", {"insecure": True, "tls_ca": Path("ca.pem")}, "an insecure client uses no TLS"),
+        ("fl.example.org:80", {}, "a client needs tls_ca and node_key; give both"),
+        ("fl.example.org:80", {"node_key": KEY}, "a client needs tls_ca and node_key; give both"),
+        ("fl.example.org:80", {"tls_ca": Path("ca.pem")}, "a client needs tls_ca and node_key; give both"),
+        ("fl.example.org:80", {"tls_ca": Path("none.pem"), "node_key": KEY}, "certificate none.pem cannot be read"),
+        ("127.0.0.1:80", {"insecure": True, "heartbeat_s": 0.0}, "heartbeat_s and longest_wait_s must be > 0, got 0.0"),
+        ("127.0.0.1", {"insecure": True}, "server must be host:port"),
+    ],
+)
+def test_a_client_that_must_not_start_says_why(server: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FleetClient(server, **options)  # type: ignore[arg-type]
+
+
+def test_a_client_waits_for_a_server_that_is_not_there_yet_and_stops_at_once_when_asked() -> None:
+    client = FleetClient(free_address(), insecure=True, longest_wait_s=600.0)
+    with running(client) as (runner,):
+        soon(lambda: len(runner.said) >= 3, "the client says that it waits")
+        assert all("cannot be reached (ConnectError); trying again in " in line for line in runner.said)
+        runner.end()
+    assert runner.said[-1].startswith("left ")
+    assert runner.raised == []
+
+
+def test_a_client_that_was_asked_to_stop_before_it_began_asks_nothing() -> None:
+    stop = threading.Event()
+    stop.set()
+    with other_server(200) as (address, asked):
+        FleetClient(address, insecure=True).serve(answer, stop, list[str]().append)
+    assert asked == []
+
+
+def test_a_web_server_that_is_not_ours_ends_the_client() -> None:
+    for status in (200, 404):
+        with other_server(status) as (address, _), pytest.raises(ChannelError, match="not as a fedveil server"):
+            FleetClient(address, insecure=True).serve(answer, threading.Event(), list[str]().append)
+
+
+def test_a_redirect_is_not_followed() -> None:
+    with (
+        other_server(200) as (elsewhere, asked),
+        other_server(307, location=f"http://{elsewhere}/internal") as (address, _),
+        pytest.raises(ChannelError, match="status 307"),
+    ):
+        FleetClient(address, insecure=True).serve(answer, threading.Event(), list[str]().append)
+    assert asked == []
+
+
+def test_a_proxy_has_no_part_in_what_stays_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FleetServer("127.0.0.1", 0, insecure=True) as server, other_server(200) as (proxy, asked):
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://{proxy}")
+        with running(local(server)):
+            online(server, 1)
+    assert asked == []
+
+
+def test_a_frame_that_is_being_handled_is_finished_and_answered_before_the_client_leaves() -> None:
+    began, release = threading.Event(), threading.Event()
+
+    def slow(frame: Frame) -> Frame:
+        began.set()
+        assert release.wait(PATIENCE_S)
+        return frame
+
+    with FleetServer("127.0.0.1", 0, insecure=True) as server, running(local(server), handler=slow) as (runner,):
+        (node,) = online(server, 1)
+        sent = server.push({node: Frame("train", "{}")})
+        assert began.wait(PATIENCE_S)
+        runner.stop.set()
+        release.set()
+        runner.end()
+        assert server.nodes() == {}
+        assert texts(gather(server, sent)) == {node: ("train", "{}")}
+
+
+def test_a_reply_waits_for_a_server_that_is_away_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FleetServer("127.0.0.1", 0, insecure=True) as server:
+        endpoints = server._listener._endpoints
+        push = endpoints["/v1/fleet/push-messages"]
+
+        def cut_the_line(frame: Frame) -> Frame:
+            del endpoints["/v1/fleet/push-messages"]  # for this path, the server now answers like one that is not ours
+            return frame
+
+        with running(local(server), handler=cut_the_line) as (runner,):
+            (node,) = online(server, 1)
+            server.push({node: Frame("train", "{}")})
+            soon(lambda: bool(runner.raised), "the client gives up")
+            assert isinstance(runner.raised[0], ChannelError)
+            assert server.nodes() == {}, "it took leave"
+        endpoints["/v1/fleet/push-messages"] = push
+
+
+def test_signs_of_life_keep_a_busy_client_online(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.fleet_cases import fast_heartbeats
+
+    began, release = threading.Event(), threading.Event()
+
+    def slow(frame: Frame) -> Frame:
+        began.set()
+        assert release.wait(PATIENCE_S)
+        return frame
+
+    with fast_heartbeats(monkeypatch), FleetServer("127.0.0.1", 0, insecure=True) as server:
+        with running(local(server, heartbeat_s=0.4), handler=slow):
+            (node,) = online(server, 1)
+            sent = server.push({node: Frame("train", "{}")})
+            assert began.wait(PATIENCE_S)
+            assert server.poll(1.2) == []  # three intervals: without a sign of life it would be unavailable by now
+            release.set()
+            assert texts(gather(server, sent)) == {node: ("train", "{}")}
+
+
+def test_the_client_trusts_the_file_that_it_was_given_and_nothing_else(tmp_path: Path) -> None:
+    tls = new_authority(tmp_path / "ca", ["fl.example.org"])
+    client = FleetClient("fl.example.org:8443", tls_ca=tls.ca, node_key=KEY)
+    assert client._trust is not None
+    (only,) = client._trust.get_ca_certs()
+    assert only["subject"] == ((("commonName", "fedveil authority"),),)
