@@ -86,11 +86,11 @@ def explain(error: Exception, server: str) -> str:
         return _explain_answer(error.response, server)
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
+            fault = cause.verify_message.lower().rstrip(".")
             raise ChannelError(
-                f"{server} is not the server that this site trusts: {cause.verify_message.lower()}; "
-                "compare its ca.pem with yours"
+                f"{server} is not the server that this site trusts: {fault}; compare its ca.pem with yours"
             ) from None
-        if isinstance(cause, ssl.SSLError) and cause.reason == "WRONG_VERSION_NUMBER":
+        if isinstance(cause, ssl.SSLError) and getattr(cause, "reason", None) == "WRONG_VERSION_NUMBER":
             raise ChannelError(f"{server} does not speak TLS; is it the right port?") from None
     if isinstance(error, httpx.TransportError):
         return f"{server} cannot be reached ({type(error).__name__})"

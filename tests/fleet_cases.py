@@ -144,7 +144,7 @@ def fast_heartbeats(monkeypatch: pytest.MonkeyPatch) -> Iterator[float]:
     """Let the servers of this process admit heartbeats faster than Flower's ten seconds; the interval is the value."""
     with monkeypatch.context() as patched:
         patched.setattr(fleet_handlers, "HEARTBEAT_MIN_INTERVAL", 0.1)
-        yield 1.0
+        yield 2.0
 
 
 @dataclass

@@ -140,6 +140,24 @@ def test_excluded_replies_are_counted_by_rule(tmp_path: Path) -> None:
     assert f"{missing} missing, {len(excluded)} excluded (non-finite {len(excluded)})" in result.stdout
 
 
+def test_a_clients_failure_ends_the_run_or_is_skipped_as_the_file_says(tmp_path: Path) -> None:
+    task = TASK + (
+        "\n\ndef shares(client):\n"
+        "    from fedml_core.data import ClientData\n"
+        "    return ClientData(rows(10 // (client - 2)))\n\n\n"
+        "import dataclasses\n"
+        "task = dataclasses.replace(task, train_data=None, client_data=shares)\n"
+    )
+    run = project(tmp_path, RUN.replace("count = 4", "count = 3"), task)
+    ended = fedveil("simulate", run, "--out", tmp_path / "a", "--no-plots")
+    assert ended.exit_code == 2
+    assert "client 2: client_data(2) failed: ZeroDivisionError" in ended.stderr
+    skip = ("--set", "simulation.on_client_error=skip", "--out", tmp_path / "b", "--no-plots", "--rounds", "1")
+    skipped = fedveil("simulate", run, *skip, "--set", "clients.count=4")
+    assert skipped.exit_code == 0, skipped.output
+    assert "excluded (task" in skipped.stdout
+
+
 def test_early_stopping_is_told(tmp_path: Path) -> None:
     stop = '\n[early_stopping]\nmetric = "server.accuracy"\npatience = 1\nminimum_change = 1.0\n'
     result = fedveil("simulate", project(tmp_path, RUN + stop), "--out", tmp_path / "out", "--no-plots")
