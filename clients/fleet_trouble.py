@@ -22,7 +22,8 @@ from fedml_core.errors import ChannelError, ConfigError
 T = TypeVar("T")
 _FIRST_WAIT_S = 0.25
 _ADDRESS = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})")
-_NOT_ENROLLED, _KEY_IN_USE, _NOT_ACTIVATED = 9001, 23, 2004  # the first is ours, the others are Flower's
+_NOT_ENROLLED = 9001  # ours; the others are Flower's
+_KEY_IN_USE, _HEARTBEAT_REFUSED, _NOT_ACTIVATED = 23, 2003, 2004
 
 
 class SessionOverError(Exception):
@@ -67,14 +68,9 @@ def trust_only(ca: Path) -> ssl.SSLContext:
     return context
 
 
-def has_code(error: httpx.HTTPError, code: int) -> bool:
-    """Return whether a server said no with this number."""
-    return isinstance(error, httpx.HTTPStatusError) and _code(error.response) == code
-
-
-def is_registered_already(error: httpx.HTTPError) -> bool:
+def is_registered_already(error: httpx.HTTPStatusError) -> bool:
     """Return whether an insecure server knows this key from before."""
-    return has_code(error, _KEY_IN_USE)
+    return _code(error.response) == _KEY_IN_USE
 
 
 def explain(error: Exception, server: str) -> str:
@@ -147,6 +143,8 @@ def _explain_answer(response: httpx.Response, server: str) -> str:
         return f"{server} has not enrolled this site's node key; ask its operator"
     if code == _NOT_ACTIVATED:
         return f"{server} still counts the last session of this node key as open"
+    if code == _HEARTBEAT_REFUSED:
+        raise ChannelError(f"{server} does not admit this heartbeat_s; use 10 to 1800")
     if status == 401:
         raise SessionOverError(f"{server} does not know this session; it was started anew, or the clocks disagree")
     if status == 403:

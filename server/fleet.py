@@ -208,7 +208,7 @@ class FleetServer:
             if (node := self._link.links.get_node_id_by_public_key(key)) is not None:
                 self._link.links.deactivate_node(node)
                 self._listener.dismiss(node)
-        self._letters.look()
+        self._letters.somebody_left()
 
     def nodes(self) -> Mapping[int, NodeInfo]:
         """Return the nodes that are online now, by node id; an id lasts until the server stops."""
@@ -319,10 +319,10 @@ class FleetServer:
                 self._letters.restarted(done.node_id)
             case fleet_pb2.DeactivateNodeRequest():
                 self._listener.dismiss(message.node_id)
-                self._letters.look()
+                self._letters.somebody_left()
             case fleet_pb2.PullMessagesRequest():
                 self._letters.took(one.metadata.message_id for one in done.messages_list)
             case fleet_pb2.PushMessagesRequest():
                 self._letters.collect([message.messages_list[0].metadata.reply_to_message_id])
             case message_pb2.PushObjectRequest():
-                self._letters.look()
+                self._letters.part_came()

@@ -16,7 +16,7 @@ from fedml_core.identity import Site
 from fedml_core.wire import Frame
 
 FailureReason = Literal["unavailable", "restarted", "expired", "incomplete", "malformed", "client-error"]
-_TICK_S = 0.5  # how often a waiting `poll` looks for nodes that fell silent
+_SURVEY_S = 0.5  # how often `poll` looks for nodes that fell silent: that takes time in proportion to all frames
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Letters:
         self._news = threading.Condition()
         self._under_way: dict[str, _Letter] = {}
         self._failures: dict[str, LinkFailure] = {}
+        self._survey_due = 0.0
         self._closed = False
 
     def add(self, message_id: str, node: int) -> None:
@@ -116,8 +117,7 @@ class Letters:
         """Note that a node's process began anew: what it took and did not answer whole is lost."""
         with self._news:
             for message_id, letter in list(self._under_way.items()):
-                is_whole = letter.answer is not None and all(self._room.part(part) for part in letter.missing)
-                if letter.node == node and letter.taken and not is_whole:
+                if letter.node == node and letter.taken and not self._is_whole(letter):
                     self._fail(message_id, "restarted")
             self._news.notify_all()
 
@@ -133,9 +133,15 @@ class Letters:
             self._collect(set(message_ids) & self._under_way.keys())
             self._news.notify_all()
 
-    def look(self) -> None:
-        """Wake who polls: something arrived or somebody left."""
+    def part_came(self) -> None:
+        """Let who polls see whether a reply is whole now."""
         with self._news:
+            self._news.notify_all()
+
+    def somebody_left(self) -> None:
+        """Let who polls see at once which frames will not be answered."""
+        with self._news:
+            self._survey_due = 0.0
             self._news.notify_all()
 
     def poll(self, timeout_s: float) -> list[tuple[str, Frame | LinkFailure]]:
@@ -143,12 +149,14 @@ class Letters:
         deadline = time.monotonic() + timeout_s
         with self._news:
             while True:
-                self._collect({message_id for message_id, letter in self._under_way.items() if letter.answer is None})
+                if time.monotonic() >= self._survey_due:
+                    self._survey()
+                    self._survey_due = time.monotonic() + _SURVEY_S
                 whole = self._take_whole()
                 left = deadline - time.monotonic()
                 if self._failures or whole or left <= 0 or self._closed:
                     break
-                self._news.wait(min(left, _TICK_S))
+                self._news.wait(min(left, _SURVEY_S))
             failures, self._failures = self._failures, {}
         return [*failures.items(), *((message_id, self._open(letter)) for message_id, letter in whole.items())]
 
@@ -175,23 +183,30 @@ class Letters:
             if answer.failure is not None:
                 self._fail(answer.message_id, answer.failure)
 
-    def _take_whole(self) -> Mapping[str, _Letter]:
-        whole: dict[str, _Letter] = {}
+    def _survey(self) -> None:
+        """Find the frames that will not be answered, or not to the end."""
+        self._collect({message_id for message_id, letter in self._under_way.items() if letter.answer is None})
+        online = self._room.online()
         for message_id, letter in list(self._under_way.items()):
-            if letter.answer is None:
-                continue
-            found = {part: self._room.part(part) for part in letter.missing}
-            letter.missing = tuple(part for part, content in found.items() if not content)
-            if not letter.missing:
-                whole[message_id] = self._under_way.pop(message_id)
-            elif None in found.values() or letter.node not in self._room.online():
+            if letter.answer is not None and letter.node not in online and not self._is_whole(letter):
                 self._fail(message_id, "incomplete")
-        return whole
+
+    def _take_whole(self) -> Mapping[str, _Letter]:
+        answered = [message_id for message_id, letter in self._under_way.items() if letter.answer is not None]
+        return {key: self._under_way.pop(key) for key in answered if self._is_whole(self._under_way[key])}
+
+    def _is_whole(self, letter: _Letter) -> bool:
+        """Return whether every part of the reply is there; one that was thrown away counts as there, see `_open`."""
+        letter.missing = tuple(part for part in letter.missing if self._room.part(part) == b"")
+        return letter.answer is not None and not letter.missing
 
     def _open(self, letter: _Letter) -> Frame | LinkFailure:
         assert letter.answer is not None
-        contents = {part: self._room.part(part) or b"" for part in letter.answer.parts}
+        found = {part: self._room.part(part) for part in letter.answer.parts}
+        contents = {part: content for part, content in found.items() if content is not None}
         self._room.forget(letter.answer.message_id, letter.answer.reply)
+        if len(contents) < len(found):
+            return LinkFailure(letter.node, "incomplete")
         try:
             opened = self._room.open(letter.answer.reply, contents)
         except Exception:  # noqa: BLE001 - a stranger's bytes: whatever they break is the sender's failure, not ours

@@ -135,6 +135,11 @@ def test_a_certificate_that_does_not_fit_ends_the_client() -> None:
         explain(caused(httpx.ConnectError("x"), caused(OSError("x"), bad)), SERVER)
 
 
+def test_a_heartbeat_that_the_server_does_not_admit_is_named() -> None:
+    with pytest.raises(ChannelError, match="does not admit this heartbeat_s; use 10 to 1800"):
+        explain(answered(400, b'{"code": 2003}'), SERVER)
+
+
 def test_an_endless_chain_of_causes_is_followed_once() -> None:
     first, second = httpx.ConnectError("a"), OSError("b")
     first.__cause__, second.__cause__ = second, first

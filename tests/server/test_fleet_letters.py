@@ -67,6 +67,20 @@ def test_a_whole_reply_is_handed_out_once_and_forgotten(room: Room, letters: Let
     assert room.forgotten == [("m1", "reply to m1")]
 
 
+def test_a_part_that_comes_wakes_who_waits_for_the_whole(room: Room, letters: Letters) -> None:
+    found: list[list[tuple[str, Frame | LinkFailure]]] = []
+    room.parts["body"] = b""
+    room.known["m1"] = reply_to("m1")
+    letters.collect(["m1"])
+    poller = threading.Thread(target=lambda: found.append(letters.poll(600.0)))
+    poller.start()
+    letters.part_came()
+    room.parts["body"] = b"b"
+    letters.part_came()
+    poller.join(60)
+    assert found == [[("m1", REPLY)]]
+
+
 def test_a_reply_is_held_back_until_its_last_part_is_there(room: Room, letters: Letters) -> None:
     room.known["m1"] = reply_to("m1")
     room.parts["body"] = b""
@@ -150,13 +164,13 @@ def test_cancelled_messages_give_nothing_any_more(room: Room, letters: Letters) 
     assert room.forgotten == [("m2", ""), ("m1", "")]
 
 
-@pytest.mark.parametrize("event", ["collect", "undeliverable", "restarted", "look", "close"])
+@pytest.mark.parametrize("event", ["collect", "undeliverable", "restarted", "somebody_left", "close"])
 def test_who_waits_is_woken(room: Room, letters: Letters, event: str) -> None:
     found: list[list[tuple[str, Frame | LinkFailure]]] = []
     poller = threading.Thread(target=lambda: found.append(letters.poll(600.0)))
     poller.start()
     letters.took(["m1"])
-    if event in ("collect", "look"):
+    if event in ("collect", "somebody_left"):
         room.known["m1"] = reply_to("m1")
     argument = {"collect": (["m1"],), "undeliverable": ("m1",), "restarted": (1,)}.get(event, ())
     getattr(letters, event)(*argument)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -196,6 +197,8 @@ def test_polling_returns_in_time_when_there_is_nothing(server: FleetServer) -> N
 def test_real_processes_echo_stop_cleanly_and_a_killed_one_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    flower_home = Path(os.environ["FLWR_HOME"])
+    before = set(flower_home.rglob("*"))
     with (
         fast_heartbeats(monkeypatch) as heartbeat_s,
         FleetServer("127.0.0.1", 0, insecure=True) as server,
@@ -228,6 +231,7 @@ def test_real_processes_echo_stop_cleanly_and_a_killed_one_is_named(
             assert client.says("telemetry") == "0"
             assert client.end() == 0
     assert list(tmp_path.iterdir()) == []
+    assert set(flower_home.rglob("*")) == before
 
 
 def test_clients_come_back_to_a_server_that_was_started_anew() -> None:

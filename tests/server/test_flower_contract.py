@@ -16,7 +16,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from clients import fleet, fleet_trouble
-from server.fleet import _REGISTRATION, _REQUESTS, _SuperLink
+from server.fleet import _REGISTRATION, _REQUESTS, NOT_ENROLLED, _SuperLink
 from server.fleet_listener import MAX_BODY_BYTES
 from tests.sources import ROOT
 
@@ -141,8 +141,10 @@ def test_metadata_are_given_by_position() -> None:
 def test_the_numbers_that_we_know_by_heart_are_flowers() -> None:
     assert ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE == fleet_trouble._KEY_IN_USE
     assert ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED == fleet_trouble._NOT_ACTIVATED
+    assert ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL == fleet_trouble._HEARTBEAT_REFUSED
     assert set(ApiErrorCode) <= set(API_ERROR_MAP)
-    assert fleet_trouble._NOT_ENROLLED not in API_ERROR_MAP
+    assert fleet_trouble._NOT_ENROLLED == NOT_ENROLLED
+    assert NOT_ENROLLED not in API_ERROR_MAP
     assert (constant.HEARTBEAT_MIN_INTERVAL, constant.HEARTBEAT_MAX_INTERVAL) == (10, 1800)
     assert constant.HEARTBEAT_PATIENCE == 2
     assert 2 * constant.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE < MAX_BODY_BYTES

@@ -144,7 +144,7 @@ def test_a_clients_failure_ends_the_run_or_is_skipped_as_the_file_says(tmp_path:
     task = TASK + (
         "\n\ndef shares(client):\n"
         "    from fedml_core.data import ClientData\n"
-        "    return ClientData(rows(10 // (client - 2)))\n\n\n"
+        "    return ClientData(rows(10 // abs(client - 2)))\n\n\n"
         "import dataclasses\n"
         "task = dataclasses.replace(task, train_data=None, client_data=shares)\n"
     )
@@ -155,7 +155,7 @@ def test_a_clients_failure_ends_the_run_or_is_skipped_as_the_file_says(tmp_path:
     skip = ("--set", "simulation.on_client_error=skip", "--out", tmp_path / "b", "--no-plots", "--rounds", "1")
     skipped = fedveil("simulate", run, *skip, "--set", "clients.count=4")
     assert skipped.exit_code == 0, skipped.output
-    assert "excluded (task" in skipped.stdout
+    assert "3 of 4 counted, 1 excluded (task 1)" in skipped.stdout
 
 
 def test_early_stopping_is_told(tmp_path: Path) -> None:
