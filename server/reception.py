@@ -105,7 +105,7 @@ class Reception:
         return True
 
     def _answered(self, node: int, back: Back) -> None:
-        if isinstance(back, LinkFailure) and back.reason in ("restarted", "unavailable"):
+        if isinstance(back, LinkFailure) and back.reason in ("restarted", "unavailable", "incomplete"):
             self._known.discard(node)  # greeted anew, if it is still there
             return
         site = info.site if (info := self._link.nodes().get(node)) is not None else None

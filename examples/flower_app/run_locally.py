@@ -7,10 +7,10 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
 
-from digits_app.client_app import app as client_app  # noqa: E402  # found through the line above
-from digits_app.server_app import app as server_app  # noqa: E402
+from digits_app.client_app import app as client_app  # found through the line above
+from digits_app.server_app import app as server_app
 
-from simulations import run_flower_apps  # noqa: E402
+from simulations import run_flower_apps
 
 NODES = 4
 

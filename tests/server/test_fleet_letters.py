@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from fedml_core.wire import Frame
+from server import fleet_letters
 from server.fleet_letters import Answer, ClientError, FailureReason, Letters, LinkFailure
 
 REPLY = Frame("update", "{}")
@@ -67,7 +68,10 @@ def test_a_whole_reply_is_handed_out_once_and_forgotten(room: Room, letters: Let
     assert room.forgotten == [("m1", "reply to m1")]
 
 
-def test_a_part_that_comes_wakes_who_waits_for_the_whole(room: Room, letters: Letters) -> None:
+def test_a_part_that_comes_wakes_who_waits_for_the_whole(
+    room: Room, letters: Letters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_letters, "_SURVEY_S", 600.0)
     found: list[list[tuple[str, Frame | LinkFailure]]] = []
     room.parts["body"] = b""
     room.known["m1"] = reply_to("m1")
@@ -165,7 +169,8 @@ def test_cancelled_messages_give_nothing_any_more(room: Room, letters: Letters) 
 
 
 @pytest.mark.parametrize("event", ["collect", "undeliverable", "restarted", "somebody_left", "close"])
-def test_who_waits_is_woken(room: Room, letters: Letters, event: str) -> None:
+def test_who_waits_is_woken(room: Room, letters: Letters, event: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_letters, "_SURVEY_S", 600.0)
     found: list[list[tuple[str, Frame | LinkFailure]]] = []
     poller = threading.Thread(target=lambda: found.append(letters.poll(600.0)))
     poller.start()

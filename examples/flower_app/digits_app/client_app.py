@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from digits_app.task import part, task
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients import TorchTrainer
+from digits_app.task import part, task
 from fedml_core import Training
 
 app = ClientApp()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from digits_app.task import task
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
+from digits_app.task import task
 from strategies import FedAdam, FlowerStrategy
 
 app = ServerApp()
