@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fedml_core.data import Examples
-from fedml_core.randomness import Key, seeded
+from fedml_core.randomness import Key, keyed_words
 from fedml_core.training import Training
 
-__all__ = ["Batch", "Fetch", "epoch_order", "ordered_batches", "training_order"]
+__all__ = ["Batch", "Fetch", "epoch_order", "epoch_orders", "ordered_batches", "training_order"]
 
 Batch = tuple[tuple[Tensor, ...], Tensor, Tensor | None]
 """Inputs, targets and example weights, on the trainer's device."""
@@ -25,8 +27,25 @@ _GATHERED_BYTES = 64 << 20
 
 
 def epoch_order(key: tuple[Key, ...], epoch: int, count: int) -> Tensor:
-    """Return the order in which epoch `epoch` (0 is the first) visits `count` examples; the same on every engine."""
-    return torch.from_numpy(seeded(*key, "shuffle", epoch).permutation(count))
+    """Return the order in which epoch `epoch` (0 is the first) visits `count` examples; the same on every engine.
+
+    Where the key ends in a client's number, this is that client's row of `epoch_orders`.
+    """
+    *purpose, last = key
+    if isinstance(last, str):
+        return epoch_orders(key, epoch, [0], [count])[0]
+    return epoch_orders(tuple(purpose), epoch, [last], [count])[0]
+
+
+def epoch_orders(purpose: tuple[Key, ...], epoch: int, clients: ArrayLike, counts: ArrayLike) -> Tensor:
+    """Return each client's order in one epoch: int64 (K, max(counts)), of which row k's first counts[k] are an order.
+
+    Args: purpose: a client's key without its last part, the client's number. counts: each client's examples, (K,).
+    """
+    sizes = np.asarray(counts, dtype=np.int64)
+    words = keyed_words((*purpose, "shuffle", epoch), clients, int(sizes.max(initial=0)))
+    words[np.arange(words.shape[1]) >= sizes[:, None]] = np.iinfo(np.uint64).max
+    return torch.from_numpy(np.argsort(words, axis=1, kind="stable"))
 
 
 def training_order(training: Training, key: tuple[Key, ...], count: int, *, skip_single: bool) -> Iterator[Tensor]:

@@ -11,13 +11,17 @@ import operator
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 
 from fedml_core.errors import StrategyError
 
-__all__ = ["Key", "key_bytes", "seed_of", "seeded", "torch_generator"]
+__all__ = ["Key", "key_bytes", "keyed_coins", "keyed_words", "seed_of", "seeded", "torch_generator"]
 
 Key = int | str
 """One part of a key: a seed, a round or a client as an integer, a purpose or a name as text."""
+
+_STREAM_STEP = np.uint64(0xD1342543DE82EF95)
+_WORD_STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def key_bytes(*key: Key, size: int = 16) -> bytes:
@@ -65,6 +69,32 @@ def torch_generator(*key: Key, device: torch.device | str = "cpu") -> torch.Gene
     generator = torch.Generator(device=device)
     generator.manual_seed(seed_of(*key))
     return generator
+
+
+def keyed_words(key: tuple[Key, ...], streams: ArrayLike, count: int) -> NDArray[np.uint64]:
+    """Return `count` reproducible words for each of K streams of one key, such as clients: uint64 (K, count).
+
+    A whole cohort costs a few passes over an array, where `seeded` would cost a generator for each client. Row k
+    depends on the key and on `streams[k]` alone, and its first words do not depend on `count`.
+    Source: SplitMix64, Steele, Lea and Flood (2014), doi:10.1145/2660193.2660195, started at a mixed stream number.
+    Raises: StrategyError: as `key_bytes`.
+    """
+    base = np.uint64(int.from_bytes(key_bytes(*key, size=8), "little"))
+    numbers = np.asarray(streams, dtype=np.int64).astype(np.uint64)[:, None] + np.uint64(1)
+    starts = _mixed(base + numbers * _STREAM_STEP)
+    return _mixed(starts + np.arange(1, count + 1, dtype=np.uint64) * _WORD_STEP)
+
+
+def keyed_coins(key: tuple[Key, ...], streams: ArrayLike) -> NDArray[np.float64]:
+    """Return a reproducible uniform number in [0, 1) for each of K streams of one key, of shape (K,)."""
+    return (keyed_words(key, streams, 1)[:, 0] >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the words after SplitMix64's finalizer; products wrap modulo 2^64, as they are meant to."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
 
 
 def _encoded(part: Key) -> bytes:

@@ -10,7 +10,7 @@ import torch
 
 from fedml_core.errors import ConfigError
 from fedml_core.messages import Arrival
-from fedml_core.randomness import seeded
+from fedml_core.randomness import keyed_coins, seeded
 from fedml_core.update import Update
 
 
@@ -45,21 +45,20 @@ class Faults:
     def reachable(self, cohort: Sequence[int], round_number: int, seed: int) -> list[int]:
         """Return the clients of the cohort whose reply will arrive in time."""
         lost = self.drop + self.late
-        return [client for client in cohort if lost == 0 or self._coin(client, round_number, seed) >= lost]
+        if lost == 0:
+            return list(cohort)
+        coins = keyed_coins((seed, "fault", round_number), cohort)
+        return [client for client, coin in zip(cohort, coins, strict=True) if coin >= lost]
 
     def disturb(self, arrivals: Iterator[Arrival], round_number: int, seed: int) -> Iterator[Arrival]:
         """Yield the arrivals, some of them with an update of NaN."""
-        lost = self.drop + self.late
+        if self.nan == 0:
+            yield from arrivals
+            return
+        spoilt = self.drop + self.late + self.nan
         for arrival in arrivals:
             body = arrival.reply.body
-            if (
-                self.nan
-                and isinstance(body, Update)
-                and self._coin(arrival.client, round_number, seed) < lost + self.nan
-            ):
+            if isinstance(body, Update) and keyed_coins((seed, "fault", round_number), [arrival.client])[0] < spoilt:
                 body = body.replace(values=torch.full_like(body.values, float("nan")))
                 arrival = dataclasses.replace(arrival, reply=dataclasses.replace(arrival.reply, body=body))
             yield arrival
-
-    def _coin(self, client: int, round_number: int, seed: int) -> float:
-        return float(seeded(seed, "fault", round_number, client).random())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clients.torch_trainer import TorchTrainer
 from fedml_core.data import Data, Examples
-from fedml_core.randomness import seeded
+from fedml_core.randomness import Key, key_bytes
 from fedml_core.task import Task
 from fedml_core.training import Training
 from fedml_core.update import Update
@@ -46,7 +46,23 @@ def trained(trainer: TorchTrainer, data: Data, training: Training | None = None,
 
 
 def orders_of(count: int, epochs: int, key: tuple[int | str, ...] = KEY) -> list[Tensor]:
-    return [torch.from_numpy(seeded(*key, "shuffle", epoch).permutation(count)) for epoch in range(epochs)]
+    return [torch.tensor(_order(key, epoch, count)) for epoch in range(epochs)]
+
+
+def _order(key: tuple[Key, ...], epoch: int, count: int) -> list[int]:
+    """Return the order in plain Python: the examples sorted by the words of the client's stream."""
+    *purpose, client = key
+    base = int.from_bytes(key_bytes(*purpose, "shuffle", epoch, size=8), "little")
+    start = _mixed(base + (int(client) + 1) * 0xD1342543DE82EF95)
+    return sorted(range(count), key=lambda place: _mixed(start + (place + 1) * 0x9E3779B97F4A7C15))
+
+
+def _mixed(word: int) -> int:
+    """Return SplitMix64's finalizer of a word."""
+    word %= 2**64
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) % 2**64
+    return word ^ (word >> 31)
 
 
 def batches_of(data: Examples, batch_size: int, epochs: int = 1) -> list[Tensor]:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedml_core import StrategyError, key_bytes, seed_of, seeded, torch_generator
+from fedml_core.randomness import keyed_coins, keyed_words
 
 PARTS = st.one_of(st.integers(), st.text(max_size=8))
 KEYS = st.lists(PARTS, min_size=1, max_size=4).map(tuple)
@@ -133,3 +134,22 @@ def test_two_generators_of_one_key_do_not_share_state() -> None:
     first, second = seeded(1, "x"), seeded(1, "x")
     drawn = first.random(5).tolist()
     assert second.random(5).tolist() == drawn
+
+
+def test_keyed_words_of_a_stream_do_not_depend_on_the_others_or_on_how_many() -> None:
+    many = keyed_words((7, "purpose"), [3, 1, 4, 10**12], 9)
+    assert many.shape == (4, 9) and many.dtype == np.uint64
+    for row, stream in enumerate((3, 1, 4, 10**12)):
+        assert np.array_equal(keyed_words((7, "purpose"), [stream], 5)[0], many[row, :5])
+    assert not np.array_equal(many, keyed_words((8, "purpose"), [3, 1, 4, 10**12], 9))
+
+
+def test_keyed_words_are_uniform_and_streams_independent() -> None:
+    words = keyed_words((1, "uniform"), np.arange(1000), 100)
+    bits = np.unpackbits(words.view(np.uint8)).mean()
+    # 6.4 million bits: the standard deviation of their mean is 0.0002.
+    assert abs(bits - 0.5) < 0.001
+    coins = keyed_coins((1, "coins"), np.arange(100_000))
+    assert abs(coins.mean() - 0.5) < 0.005 and abs(np.corrcoef(coins[:-1], coins[1:])[0, 1]) < 0.016
+    assert coins.min() >= 0 and coins.max() < 1
+    assert len(np.unique(words)) == words.size

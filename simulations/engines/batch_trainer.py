@@ -1,0 +1,51 @@
+"""Training K clients in one go: what the vectorised and the fused engines have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from fedml_core.randomness import Key
+from fedml_core.training import Training
+from fedml_core.transform import Guide
+from fedml_core.update import Update
+from simulations.packing import Packed
+
+
+class UnsupportedError(Exception):
+    """This way of training cannot do that model, optimizer or data; the message names the layer or setting and why."""
+
+
+@dataclass(frozen=True)
+class BatchWork:
+    """K clients to train from the same parameters.
+
+    `parameters`: (d,). `packed`: their examples. `clients`: their numbers, (K,). `purpose`: their keys without the last
+    part, which is the client's number. `guide`: its offset, if any, has shape (K, p), or (p,) for all.
+    """
+
+    parameters: Tensor = field(repr=False)
+    packed: Packed
+    training: Training
+    round: int
+    clients: Sequence[int]
+    purpose: tuple[Key, ...]
+    guide: Guide = field(default_factory=Guide)
+
+
+class BatchTrainer(Protocol):
+    """Trains K clients at once, each exactly as `TorchTrainer.train` would train it alone.
+
+    Guarantees: row k of the result equals the update of client `clients[k]` alone with key (*purpose, clients[k]), to
+    1e-5 relative: values (K, d), weights, sums and facts (K,).
+    """
+
+    def train(self, work: BatchWork) -> Update:
+        """Return the K updates.
+
+        Raises: UnsupportedError: if this trainer cannot do the work; nothing has changed.
+        """
+        ...
