@@ -19,9 +19,7 @@ def part(first: int, count: int) -> Examples:
     return Examples.of(values[:, None].float(), values)
 
 
-@pytest.mark.parametrize(
-    "training", [Training(batch_size=4), Training(epochs=3, batch_size=4), Training(steps=7, batch_size=4)]
-)
+@pytest.mark.parametrize("length", [{}, {"epochs": 3}, {"steps": 7}], ids=str)
 @pytest.mark.parametrize("skip_single", [False, True])
 def test_visits_are_those_of_each_client_alone(length: dict[str, int], skip_single: bool) -> None:
     training = Training(batch_size=4, **length)
