@@ -1,4 +1,4 @@
-"""The commands of a site: so far, its keys. The root command mounts them."""
+"""The commands of a site: its keys, and taking part. The root command mounts them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from typing import Annotated
 
 import typer
 
-from fedml_core.console import AsJson, Debug, command
+from fedml_core.console import AsJson, Debug, Quiet, command
 
 keys = typer.Typer()
+commands = typer.Typer()
+
+_EXAMPLES = """Examples:
+
+[bold]fedveil client site.toml --server 127.0.0.1:8080 --insecure[/bold]  tries it out on this machine
+
+[bold]fedveil client site.toml --server fl.example.org:8080 --authority ca.pem[/bold]  for real machines
+
+The server never sends code: it can ask only for what the task on this machine does."""
 
 
 @keys.command("new")
@@ -32,3 +41,20 @@ def new_keys(
             ]
         )
         console.result({"keys": str(secret), "public": str(public), "fingerprint": made.fingerprint})
+
+
+@commands.command("client", epilog=_EXAMPLES)
+def take_part(
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server's address.", show_default=False)],
+    site: Annotated[Path, typer.Argument(help="The site.toml, or the folder that holds it.")] = Path("site.toml"),
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS and no keys; a server on this machine.")] = False,
+    authority: Annotated[Path | None, typer.Option(help="The federation's ca.pem, if SITE does not name it.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Take part with this site's data, as SITE says, until the server says that the run is over."""
+    with command(as_json=as_json, quiet=quiet, debug=debug) as console:
+        from clients.run import Connection, serve_site
+
+        serve_site(console, site, Connection(server=server, insecure=insecure, authority=authority))

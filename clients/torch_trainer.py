@@ -44,6 +44,11 @@ class TorchTrainer:
         self._optimizer = optimizer
         self.spec = self._bench.spec
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device that this trainer computes on."""
+        return self._bench.device
+
     def initial(self) -> Tensor:
         """Return the built model as a new float32 vector of shape (d,) on the CPU."""
         return self._bench.initial()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -16,6 +17,9 @@ from fedml_core.minibatches import Fetch, ordered_batches
 from fedml_core.model import ModelSpec
 from fedml_core.randomness import seed_of
 from fedml_core.task import Task
+from fedml_core.update import MAX_SUMS, flaw_in_name
+
+_IN_EVERY_REPORT = ("examples", "loss")
 
 
 class Evaluator:
@@ -27,13 +31,12 @@ class Evaluator:
     random state is left as it was. One evaluator serves one thread at a time.
 
     Args: seed: of the initial weights. device: see `fedml_core.devices.choose_device`.
-    Raises: TaskError: if the model cannot be built or a metric takes a reserved name; ConfigError: for the device.
+    Raises: TaskError: if the model cannot be built, or a reply cannot hold the metrics: too many, or a name that is
+        reserved or not one of letters, digits, `_`, `-` and `.`. ConfigError: for the device.
     """
 
     def __init__(self, task: Task, seed: int = 0, *, device: str = "auto") -> None:
-        taken = [name for name in ("examples", "loss") if name in task.metrics]
-        if taken:
-            raise TaskError(f"a metric may not be called {taken[0]}, which every report has; rename it")
+        _check_names(task.metrics)
         self.task, self._seed = task, seed
         self.device = choose_device(device)
         self.module = task.build(seed)
@@ -93,6 +96,18 @@ class Evaluator:
 
         start: Tensor = guarded(load, "loading the task's model", when)()
         return start
+
+
+def _check_names(metrics: Iterable[str]) -> None:
+    names = list(metrics)
+    most = MAX_SUMS - len(_IN_EVERY_REPORT)
+    if len(names) > most:
+        raise TaskError(f"a task may have at most {most} metrics, got {len(names)}; leave some out, or derive them")
+    for name in names:
+        if name in _IN_EVERY_REPORT:
+            raise TaskError(f"a metric may not be called {name}, which every report has; rename it")
+        if flaw := flaw_in_name(name):
+            raise TaskError(f"a metric may not be called {name!r:.80}: {flaw}; rename it")
 
 
 @dataclass(frozen=True)

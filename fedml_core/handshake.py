@@ -80,8 +80,8 @@ def greeting_from_frame(frame: Frame) -> Greeting:
     """
     try:
         tree = from_frame(frame)
-        spoken = tree["format"]
-        if type(spoken) is int and spoken != FORMAT:
+        spoken = _whole(tree["format"])
+        if spoken != FORMAT:
             raise ConfigError(
                 f"the other side speaks format {spoken} and this side format {FORMAT}; "
                 "install the same version of fedveil on both"

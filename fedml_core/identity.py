@@ -90,8 +90,7 @@ def new_site_keys(directory: Path) -> PublicKeys:
     Raises: ConfigError: if one of the files exists, or cannot be written.
     """
     private_files.make_folder(directory)
-    public_path = directory / PUBLIC_FILE
-    if public_path.exists():
+    if (public_path := directory / PUBLIC_FILE).exists():
         raise ConfigError(f"{public_path} exists already and is not overwritten; move it away first")
     keys = SiteKeys(Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP384R1()))
     secret = {

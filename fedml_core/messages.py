@@ -13,7 +13,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+# Not used below: subclassing makes a class known by name, and a client that imports only this module must be able to
+# read every client half that comes with fedveil.
+import fedml_core.compression
+import fedml_core.control_variates
+import fedml_core.proximal
+import fedml_core.weighting  # noqa: F401 - see above
+from fedml_core.bulk import BulkArrival, GatheredArrival
 from fedml_core.errors import ReplyError
+from fedml_core.handshake import printable
 from fedml_core.training import Training
 from fedml_core.transform import Chain, State, Transform
 from fedml_core.update import Update
@@ -97,6 +105,9 @@ class Arrival:
     size_bytes: int
 
 
+Arrived = Arrival | BulkArrival | GatheredArrival
+
+
 class Channel(Protocol):
     """The one seam between a coordinator and its clients."""
 
@@ -104,7 +115,7 @@ class Channel(Protocol):
         """Return, sorted, the clients that can be asked in this round; a `range` where the population is virtual."""
         ...
 
-    def exchange(self, assignment: Assignment, cohort: Sequence[int], timeout_s: float | None) -> Iterator[Arrival]:
+    def exchange(self, assignment: Assignment, cohort: Sequence[int], timeout_s: float | None) -> Iterator[Arrived]:
         """Send `assignment` to each client of `cohort` and yield replies as they arrive, until all did or time is up.
 
         A client that cannot be reached yields nothing; one that reports its own failure yields a `Failure`.
@@ -136,23 +147,30 @@ def assignment_to_frame(assignment: Assignment) -> Frame:
 
 
 def assignment_from_frame(frame: Frame) -> Assignment:
-    """Return the assignment that a frame holds.
+    """Return the assignment that a frame holds; nothing in it is executed.
 
-    Raises: ValueError, KeyError or a FedveilError: if it holds none; nothing in it is executed.
+    Raises: ValueError: if it holds none. ConfigError or StrategyError: if its pipeline names what is not installed here
+        or cannot be.
     """
-    body = from_frame(frame)
-    work: Work
-    if frame.kind == "evaluate":
-        work = EvaluateWork(int(body["batch_size"]))
-    elif frame.kind == "train":
+    try:
+        body = from_frame(frame)
+        parameters = body["parameters"]
+        if not isinstance(parameters, Tensor) or parameters.dtype != torch.float32 or parameters.dim() != 1:
+            raise ValueError("an assignment's parameters must be one float32 vector")
+        run, number, fingerprint = _text(body["run"]), _whole(body["round"]), _text(body["fingerprint"])
+        return Assignment(run, number, fingerprint, parameters, _work(frame.kind, body))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the assignment is not one that this version understands: {error!r:.200}") from error
+
+
+def _work(kind: str, body: Mapping[str, Any]) -> Work:
+    if kind == "evaluate":
+        return EvaluateWork(_whole(body["batch_size"]))
+    if kind == "train":
+        training = Training(**_table(body["training"]))
         pipeline = Transform.from_config(body["pipeline"], "the assignment's pipeline")
-        work = TrainWork(Training(**body["training"]), pipeline, body["told"], int(body["seed"]))
-    else:
-        raise ValueError(f"an assignment is 'train' or 'evaluate', got {frame.kind!r}")
-    parameters = body["parameters"]
-    if not isinstance(parameters, Tensor) or parameters.dtype != torch.float32 or parameters.dim() != 1:
-        raise ValueError("an assignment's parameters must be one float32 vector")
-    return Assignment(str(body["run"]), int(body["round"]), str(body["fingerprint"]), parameters, work)
+        return TrainWork(training, pipeline, _table(body["told"]), _whole(body["seed"]))
+    raise ValueError(f"an assignment is 'train' or 'evaluate', got {kind!r:.80}")
 
 
 def reply_to_frame(reply: Reply) -> Frame:
@@ -171,13 +189,16 @@ def reply_to_frame(reply: Reply) -> Frame:
 def reply_from_frame(frame: Frame) -> Reply:
     """Return the reply that a frame holds; what it claims is not yet believed (see `server.validation`).
 
+    Guarantees: the text of a refusal or a failure is short, and does nothing to the terminal that shows it.
     Raises: ReplyError: with rule `malformed`, if it holds none.
     """
     try:
         tree = from_frame(frame)
         body = _reply_body(frame.kind, tree)
-        return Reply(str(tree["run"]), int(tree["round"]), int(tree["client"]), str(tree["fingerprint"]), body)
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        return Reply(
+            _text(tree["run"]), _whole(tree["round"]), _whole(tree["client"]), _text(tree["fingerprint"]), body
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ReplyError(
             "malformed", f"the reply is not one that this version understands: {type(error).__name__}"
         ) from error
@@ -188,10 +209,38 @@ def _reply_body(kind: str, tree: Mapping[str, Any]) -> Body:
         values = tree["values"]
         if not isinstance(values, Tensor):
             raise TypeError("values must be an array")
-        return Update.of(values, float(tree["weight"]), **{str(k): float(v) for k, v in tree["sums"].items()})
+        return Update.of(values, _number(tree["weight"]), **_sums(tree))
     if kind == "evaluation":
-        return Evaluation({str(name): float(value) for name, value in tree["sums"].items()})
+        return Evaluation(_sums(tree))
     if kind in ("refusal", "failure"):
         made = Refusal if kind == "refusal" else Failure
-        return made(str(tree["rule"])[:80], str(tree["reason"])[:500])
+        return made(printable(_text(tree["rule"]), 80), printable(_text(tree["reason"]), 500))
     raise ValueError(f"unknown reply {kind!r}")
+
+
+def _sums(tree: Mapping[str, Any]) -> dict[str, float]:
+    return {name: _number(value) for name, value in _table(tree["sums"]).items()}
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError("must be a table")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("must be text")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError("must be a whole number")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError("must be a number")
+    return float(value)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fedml_core.errors import ReplyError
+
+MAX_SUMS = 64
+"""How many facts about itself one client may report."""
+
+_SUM_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NO_SUM_NAMES = ("values", "weight")  # what else an update is made of
 
 
 @dataclass(frozen=True)
@@ -18,7 +25,7 @@ class Update:
 
     `values`: float32, (..., d): what to ADD to the global model, then whatever the pipeline made of it.
     `weight`: float64, (...): what the sum will be divided by; 1 where the mean is uniform.
-    `sums`: float64, (...) each: additive facts that leave the client (examples, summed loss, ...).
+    `sums`: float64, (...) each: additive facts that leave the client (examples, summed loss, ...); see `check_sums`.
     `facts`: float64, (...) each: what local training did (steps, step_size), for client halves; stays at the client.
     """
 
@@ -28,7 +35,7 @@ class Update:
     facts: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, values: Tensor, weight: float = 1.0, **sums: float) -> Update:
+    def of(cls, values: Tensor, weight: float = 1.0, /, **sums: float) -> Update:
         """Return one client's update from plain numbers.
 
         Example:
@@ -46,6 +53,15 @@ class Update:
     def replace(self, **changes: object) -> Update:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]  # the caller's types are checked by mypy's dataclass plugin where they are built
+
+    def row(self, place: int) -> Update:
+        """Return the update of one of K clients."""
+        return Update(
+            self.values[place],
+            self.weight[place],
+            {name: value[place] for name, value in self.sums.items()},
+            {name: value[place] for name, value in self.facts.items()},
+        )
 
     def outgoing(self) -> Update:
         """Return the part that leaves the client: without `facts`."""
@@ -72,10 +88,11 @@ class Total:
 def check_update(update: Update, size: int, max_weight: float) -> None:
     """Refuse an update (of one client or of K) that must not reach a sum.
 
-    Guarantees: on return the values are float32 of shape (..., size), finite, and each weight is finite and in
-    (0, max_weight].
-    Raises: ReplyError: with rule `shape`, `dtype`, `non-finite` or `weight`.
+    Guarantees: on return the values are float32 of shape (..., size), finite, each weight is finite and in
+    (0, max_weight], and the sums are finite and few, with names that `check_sums` lets pass.
+    Raises: ReplyError: with rule `shape`, `dtype`, `metrics`, `non-finite` or `weight`.
     """
+    check_sums(update.sums)
     if update.values.shape[-1:] != (size,):
         raise ReplyError("shape", f"values must have shape (..., {size}), got {tuple(update.values.shape)}")
     if update.values.dtype != torch.float32:
@@ -87,6 +104,31 @@ def check_update(update: Update, size: int, max_weight: float) -> None:
     if not bool(((update.weight > 0) & (update.weight <= max_weight) & torch.isfinite(update.weight)).all()):
         shown = float(update.weight) if update.weight.dim() == 0 else "one"
         raise ReplyError("weight", f"a weight must be > 0 and <= {max_weight:g}, got {shown}")
+
+
+def check_sums(names: Iterable[str]) -> None:
+    """Refuse a client's report by the names of its sums: they become keys, columns and lines of text.
+
+    Raises: ReplyError: with rule `metrics`, if there are more than 64, or `flaw_in_name` finds one.
+    """
+    names = list(names)
+    if len(names) > MAX_SUMS:
+        raise ReplyError("metrics", f"a reply may report at most {MAX_SUMS} sums, got {len(names)}")
+    for name in names:
+        if flaw := flaw_in_name(name):
+            raise ReplyError("metrics", f"a sum may not be called {name!r:.80}: {flaw}")
+
+
+def flaw_in_name(name: str) -> str | None:
+    """Return why no sum or metric may be called so, or None if it may.
+
+    Example:
+        >>> flaw_in_name("top-5.accuracy"), flaw_in_name("top 5")
+        (None, 'a name is 1 to 64 letters a to z, digits, _, - or .')
+    """
+    if not isinstance(name, str) or not _SUM_NAME.fullmatch(name):
+        return "a name is 1 to 64 letters a to z, digits, _, - or ."
+    return "the name is taken by a part of every update" if name in _NO_SUM_NAMES else None
 
 
 def all_finite(values: Tensor) -> bool:

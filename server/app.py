@@ -1,4 +1,4 @@
-"""The commands of an operator: so far, who may take part and how the server proves itself. The root mounts them."""
+"""The commands of an operator: who may take part, how the server proves itself, and the run. The root mounts them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedml_core.console import AsJson, Console, Debug, command
+from fedml_core.console import AsJson, Console, Debug, Quiet, command
 
 if TYPE_CHECKING:
     from fedml_core.identity import Site
     from fedml_core.tls import ServerTls
 
 keys = typer.Typer()
+commands = typer.Typer()
 
 Roster = Annotated[Path, typer.Option(help="The file that lists the sites; made by the first enrolment.")]
 Folder = Annotated[Path, typer.Argument(help="Where the files are kept.", show_default=False)]
@@ -23,6 +24,16 @@ Hosts = Annotated[
 ]
 
 _ROSTER = Path("roster.json")
+_EXAMPLES = """Examples:
+
+[bold]fedveil server run.toml --listen 127.0.0.1:8080 --insecure[/bold]  tries it out on this machine
+
+[bold]fedveil server run.toml --listen 0.0.0.0:8080 --tls tls --roster roster.json[/bold]  for real machines
+
+[bold]fedveil server run.toml --listen 0.0.0.0:8080 --tls tls --roster roster.json --resume[/bold]  after a crash or
+Ctrl-C: clients come back by themselves
+
+[bold]fedveil keys --help[/bold] says how certificate and roster are made."""
 
 
 @keys.command("enrol")
@@ -84,6 +95,65 @@ def renew_server_keys(folder: Folder, hosts: Hosts, as_json: AsJson = False, deb
         from fedml_core.tls import renew_certificate
 
         _tell_tls(console, renew_certificate(folder, hosts))
+
+
+@commands.command("server", epilog=_EXAMPLES)
+def serve(
+    run: Annotated[Path, typer.Argument(help="The run.toml, or the folder that holds it.")] = Path("run.toml"),
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where; port 0 takes a free one.")
+    ] = "127.0.0.1:8080",
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no roster, this machine only.")] = False,
+    tls: Annotated[Path | None, typer.Option(help="The folder that fedveil keys server made.")] = None,
+    certificate: Annotated[Path | None, typer.Option(help="Instead of that folder's server.pem.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Instead of its server-key.pem.")] = None,
+    ca: Annotated[Path | None, typer.Option(help="Instead of its ca.pem.")] = None,
+    roster: Annotated[Path | None, typer.Option(help="The file that lists the sites.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds in all, resumed ones included.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for history, report and plots.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything that must reproduce.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the run.toml; repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the plots.")] = True,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train with real clients, as RUN says: wait for them, run the rounds, send them home. No code is ever sent."""
+    with command(as_json=as_json, quiet=quiet, debug=debug) as console:
+        from server.run import Access, Request, serve_file
+
+        files = _tls_files(tls, certificate, key, ca)
+        named = [f"{name}={value}" for name, value in (("rounds", rounds), ("seed", seed)) if value is not None]
+        request = Request(
+            path=run,
+            access=Access(listen=listen, tls=files, roster=roster, insecure=insecure),
+            overrides=[*(changes or ()), *named],
+            out=out,
+            resume=resume,
+            overwrite=overwrite,
+            plots=plots,
+        )
+        serve_file(console, request)
+
+
+def _tls_files(folder: Path | None, certificate: Path | None, key: Path | None, ca: Path | None) -> ServerTls | None:
+    """Return the files that the options name, each in the place of the folder's; None if there is no option."""
+    from fedml_core.errors import ConfigError
+    from fedml_core.tls import ServerTls
+
+    given = {"--certificate": certificate, "--key": key, "--ca": ca}
+    if folder is None and not any(given.values()):
+        return None
+    in_folder = {"--certificate": "server.pem", "--key": "server-key.pem", "--ca": "ca.pem"}
+    missing = [name for name, path in given.items() if path is None and folder is None]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} must be given, too; or --tls with a folder that holds all three")
+    found = [path or (folder or Path()) / in_folder[name] for name, path in given.items()]
+    return ServerTls(*found)
 
 
 def _tell_site(console: Console, site: Site, roster: Path) -> None:

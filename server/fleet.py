@@ -8,11 +8,10 @@ ship: the run has no code. With `clients/fleet.py` this is the only file that us
 from __future__ import annotations
 
 import base64
-import inspect
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Self
@@ -46,24 +45,22 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from flwr.superlink.servicer.fleet import fleet_handlers
 
-HOLD_S = 10.0  # how long a request for mail waits for some; a client's read timeout must be longer
 NOT_ENROLLED = 9001  # beyond Flower's own error numbers
 _TTL_S = 7 * 24 * 3600.0  # a round's own deadline comes first, see `FleetServer.cancel`
 _CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,79}")
-_API = "/v1/fleet/"
-_Endpoints = dict[str, tuple[Any, Callable[..., Any]]]
-_REQUESTS: _Endpoints = {
-    "activate-node": (fleet_pb2.ActivateNodeRequest, fleet_handlers.activate_node),
-    "deactivate-node": (fleet_pb2.DeactivateNodeRequest, fleet_handlers.deactivate_node),
-    "send-node-heartbeat": (heartbeat_pb2.SendNodeHeartbeatRequest, fleet_handlers.send_node_heartbeat),
-    "pull-messages": (fleet_pb2.PullMessagesRequest, fleet_handlers.pull_messages),
-    "push-messages": (fleet_pb2.PushMessagesRequest, fleet_handlers.push_messages),
-    "pull-object": (message_pb2.PullObjectRequest, fleet_handlers.pull_object),
-    "push-object": (message_pb2.PushObjectRequest, fleet_handlers.push_object),
-    "confirm-message-received": (message_pb2.ConfirmMessageReceivedRequest, fleet_handlers.confirm_message_received),
+_API: dict[str, Any] = {  # path: its request; Flower's handler for it has the same name
+    "activate-node": fleet_pb2.ActivateNodeRequest,
+    "deactivate-node": fleet_pb2.DeactivateNodeRequest,
+    "send-node-heartbeat": heartbeat_pb2.SendNodeHeartbeatRequest,
+    "pull-messages": fleet_pb2.PullMessagesRequest,
+    "push-messages": fleet_pb2.PushMessagesRequest,
+    "pull-object": message_pb2.PullObjectRequest,
+    "push-object": message_pb2.PushObjectRequest,
+    "confirm-message-received": message_pb2.ConfirmMessageReceivedRequest,
+    "register-node": fleet_pb2.RegisterNodeFleetRequest,
 }
-# On an insecure server only: elsewhere the roster says who exists.
-_REGISTRATION: _Endpoints = {"register-node": (fleet_pb2.RegisterNodeFleetRequest, fleet_handlers.register_node)}
+_WITH_STORE = {"pull-messages", "confirm-message-received"}
+_INSECURE_ONLY = {"register-node"}  # elsewhere the roster says who exists
 
 
 class _SuperLink:
@@ -99,7 +96,6 @@ class _SuperLink:
         return remove_content_from_message(message)
 
     def answers(self, message_ids: set[str]) -> Iterable[Answer]:
-        """See `Mailroom`."""
         for answer in self.links.get_message_res(message_ids, self.run_id):
             message_id, reply = answer.metadata.reply_to_message_id, answer.metadata.message_id
             if answer.metadata.src_node_id == SUPERLINK_NODE_ID:
@@ -115,15 +111,12 @@ class _SuperLink:
                 yield Answer(message_id, failure="incomplete")
 
     def part(self, part: str) -> bytes | None:
-        """See `Mailroom`."""
         return self.links.get_object(self.run_id, part)
 
     def online(self) -> set[int]:
-        """See `Mailroom`."""
         return self.links.get_nodes(self.run_id)
 
     def open(self, reply: str, contents: dict[str, bytes]) -> Frame | ClientError:
-        """See `Mailroom`."""
         message = inflatable_utils.inflate_object_from_contents(reply, contents)
         if not isinstance(message, Message):
             raise TypeError("a reply must be a message")
@@ -133,7 +126,6 @@ class _SuperLink:
         return unpack(message.content)
 
     def forget(self, message_id: str, reply: str) -> None:
-        """See `Mailroom`."""
         self.links.delete_messages({message_id})
         self.store.delete(message_id)
         self.store.delete(reply)
@@ -256,26 +248,17 @@ class FleetServer:
         return sites
 
     def _endpoints(self) -> dict[str, Endpoint]:
-        paths = [*_REQUESTS, *(_REGISTRATION if self._sites is None else ())]
-        return {_API + path: partial(self._serve, path) for path in paths}
+        paths = _API.keys() if self._sites is None else _API.keys() - _INSECURE_ONLY
+        waits = {"pull-messages": lambda message: message.node.node_id}
+        return {
+            f"/v1/fleet/{path}": Endpoint(partial(self._read, path), partial(self._answer, path), waits.get(path))
+            for path in paths
+        }
 
-    async def _serve(self, path: str, request: Request, body: bytes) -> bytes:
-        in_thread = self._listener.in_thread
-        message = await in_thread(partial(self._authenticated, path, request, body))
-        if not isinstance(message, fleet_pb2.PullMessagesRequest):
-            return await in_thread(partial(self._handle, path, message))
-
-        async def attempt() -> bytes | None:
-            if await request.is_disconnected():  # mail is handed out once: keep it for a caller who is still there
-                return b""
-            return await in_thread(partial(self._handle, path, message)) or None
-
-        return await self._listener.doorbells.wait(message.node.node_id, HOLD_S, attempt) or b""
-
-    def _authenticated(self, path: str, request: Request, body: bytes) -> Any:
-        kind, _ = {**_REQUESTS, **_REGISTRATION}[path]
+    def _read(self, path: str, request: Request, body: bytes) -> Any:
+        """Return the request of a node that proved to be who it says."""
         try:
-            message = kind.FromString(body)
+            message = _API[path].FromString(body)
             request.scope["app"] = SimpleNamespace(state=SimpleNamespace(linkstate_factory=self._link))
             request.state.protobuf_request = message
             authenticate_node(request)
@@ -288,13 +271,13 @@ class FleetServer:
             raise RequestRefusedError(403, NOT_ENROLLED, "the node key is not enrolled")
         return message
 
-    def _handle(self, path: str, message: Any) -> bytes:
+    def _answer(self, path: str, message: Any) -> bytes:
         self._check(message)
-        _, handler = {**_REQUESTS, **_REGISTRATION}[path]
-        needs = inspect.signature(handler).parameters
-        extra = {"store": self._link.store, "enable_supernode_auth": self._sites is not None}
+        more: dict[str, Any] = {"store": self._link.store} if path in _WITH_STORE else {}
+        if path in _INSECURE_ONLY:
+            more["enable_supernode_auth"] = False
         try:
-            done = handler(message, self._link.links, **{name: extra[name] for name in extra.keys() & needs})
+            done = getattr(fleet_handlers, path.replace("-", "_"))(message, self._link.links, **more)
         except FlowerError as error:
             known = API_ERROR_MAP[error.code]
             raise RequestRefusedError(known.http_status_code, error.code, known.public_message) from None

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 from fedml_core.errors import ReplyError, RunError
-from fedml_core.handshake import Goodbye, Hello, NotGreetedError, greeting_to_frame, printable
+from fedml_core.handshake import Goodbye, Hello, NotGreetedError, greeting_to_frame
 from fedml_core.messages import (
     Arrival,
     Assignment,
-    Body,
     Failure,
-    Refusal,
     Reply,
     assignment_to_frame,
     reply_from_frame,
 )
-from fedml_core.wire import Frame
 from server.fleet_letters import LinkFailure
 from server.reception import Back, FleetLink, Reception, say_nothing
 
@@ -39,7 +35,8 @@ class FleetChannel:
 
     Args: link: a `FleetServer`. hello: what every client is told first; its run and spec are those of the assignments.
         minimum_clients: a round begins when so many are there. wait_s: how long to wait for them; by default for ever.
-        say: told in one line who comes and goes, and who is waited for.
+        say: told in one line who comes and goes, and who is waited for. on_turn: called again and again while the
+        channel is used.
     """
 
     def __init__(
@@ -50,8 +47,9 @@ class FleetChannel:
         minimum_clients: int = 1,
         wait_s: float | None = None,
         say: Callable[[str], object] = say_nothing,
+        on_turn: Callable[[], object] | None = None,
     ) -> None:
-        self._link, self._say = link, say
+        self._link, self._say, self._on_turn = link, say, on_turn
         self._spec = hello.spec
         self._minimum, self._wait_s = minimum_clients, wait_s
         self._reception = Reception(link, hello, say)
@@ -118,6 +116,8 @@ class FleetChannel:
 
     def _turn(self, timeout_s: float) -> list[tuple[str, Back]]:
         """Greet newcomers, wait up to `timeout_s` for something, and return what belongs to nobody's greeting."""
+        if self._on_turn is not None:
+            self._on_turn()
         self._reception.look()
         return [
             (message_id, back)
@@ -131,7 +131,7 @@ class FleetChannel:
                 self._reception.greet_again(back.node)
             return self._failed(assignment, number, _failure(back))
         try:
-            reply = _reply(back)
+            reply = reply_from_frame(back)
         except ReplyError as error:
             return self._failed(assignment, number, Failure(error.rule, str(error)), back.size_bytes)
         return Arrival(number, reply, back.size_bytes)
@@ -149,16 +149,3 @@ def _failure(lost: LinkFailure) -> Failure:
     if lost.reason == "client-error":
         return Failure("crashed", f"its process raised {lost.detail or 'an exception'}; its own log says more")
     return Failure("lost", _LOST[lost.reason])
-
-
-def _reply(frame: Frame) -> Reply:
-    try:
-        reply = reply_from_frame(frame)
-    except ReplyError:
-        raise
-    except Exception as error:
-        raise ReplyError("malformed", f"the reply cannot be read: {type(error).__name__}") from error
-    body: Body = reply.body
-    if isinstance(body, Failure | Refusal):  # the client's own words, which people will read on a terminal
-        body = replace(body, rule=printable(body.rule), reason=printable(body.reason, 500))
-    return replace(reply, body=body)

@@ -15,7 +15,9 @@ import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import uvicorn
 from starlette.requests import Request
@@ -26,8 +28,8 @@ from fedml_core.errors import ConfigError
 from fedml_core.tls import ServerTls, check_server_tls
 
 T = TypeVar("T")
-Endpoint = Callable[[Request, bytes], Awaitable[bytes]]
 
+HOLD_S = 10.0  # how long a request for mail waits for some; a client's read timeout must be longer
 MAX_BODY_BYTES = 64 << 20  # Flower's chunks are 5 MiB; a frame's header travels whole
 START_TIMEOUT_S = 30.0
 _THREADS = 8
@@ -40,6 +42,19 @@ class RequestRefusedError(Exception):
     def __init__(self, status: int, code: int, detail: str) -> None:
         super().__init__(detail)
         self.status, self.code, self.detail = status, code, detail
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What stands behind a path: functions that may take time, run in threads.
+
+    `read` understands and admits a request, `answer` does what it asks. Where `waits_for` names a node, an empty answer
+    is held back until the node has mail, see `Doorbells`.
+    """
+
+    read: Callable[[Request, bytes], Any]
+    answer: Callable[[Any], bytes]
+    waits_for: Callable[[Any], int] | None = None
 
 
 def open_socket(host: str, port: int, *, only_loopback: bool) -> socket.socket:
@@ -55,7 +70,8 @@ def open_socket(host: str, port: int, *, only_loopback: bool) -> socket.socket:
         raise ConfigError(f"host {host!r} is not known here; use an address of this machine") from error
     if only_loopback and not ipaddress.ip_address(str(address[0])).is_loopback:
         raise ConfigError(f"an insecure server listens on 127.0.0.1 only, got {host!r}; give it TLS to be reached")
-    opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # by name: asyncio then sends without delay
+    # TCP by name: asyncio switches off Nagle's algorithm, 40 ms for each answer, only where it reads that name.
+    opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(address)
@@ -150,8 +166,20 @@ class Listener:
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._socket.close()
 
-    async def in_thread(self, function: Callable[[], T]) -> T:
-        """Return what a function that takes locks or time returns, without holding up other requests."""
+    async def _content(self, endpoint: Endpoint, request: Request, body: bytes) -> bytes:
+        message = await self._in_thread(partial(endpoint.read, request, body))
+        answer = partial(self._in_thread, partial(endpoint.answer, message))
+        if endpoint.waits_for is None:
+            return await answer()
+
+        async def attempt() -> bytes | None:
+            if await request.is_disconnected():  # mail is handed out once: keep it for a caller who is still there
+                return b""
+            return await answer() or None
+
+        return await self.doorbells.wait(endpoint.waits_for(message), HOLD_S, attempt) or b""
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)
 
     def _soon(self, function: Callable[..., None], *arguments: object) -> None:
@@ -178,8 +206,8 @@ class Listener:
 
     async def _respond(self, endpoint: Endpoint, request: Request) -> Response:
         try:
-            body = await _body(request)
-            return Response(await endpoint(request, body), media_type="application/protobuf")
+            content = await self._content(endpoint, request, await _body(request))
+            return Response(content, media_type="application/protobuf")
         except RequestRefusedError as refused:
             return _problem(refused.status, refused.code, refused.detail)
         except Exception as error:  # noqa: BLE001 - bytes from outside must not stop the server, nor be echoed

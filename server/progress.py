@@ -35,6 +35,7 @@ class Progress:
         self._seconds: list[float] = []
         self._open = ExitStack()
         self._show: Callable[[RoundReport, str], None] | None = None
+        self._print: Callable[[str], None] = console.note
 
     def __enter__(self) -> Self:
         """Show the bar, on a terminal."""
@@ -46,6 +47,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Take the bar away."""
+        self._print = self._console.note
         self._open.close()
 
     def __call__(self, report: RoundReport, state: object = None) -> None:
@@ -57,6 +59,10 @@ class Progress:
             self._show(report, line)
         else:
             self._console.note(f"round {report.round}/{self._rounds}: {line}{self._left(report)}")
+
+    def note(self, text: str) -> None:
+        """Say what goes on besides rounds: a line of its own, above the bar where there is one."""
+        self._print(text)
 
     def _left(self, report: RoundReport) -> str:
         rounds = self._rounds - report.round
@@ -77,9 +83,14 @@ class Progress:
         screen = self._screen or Screen(stderr=True)
         live = self._open.enter_context(Live(Group(bar, Text("first round")), console=screen, refresh_per_second=4))
 
+        def say(text: str) -> None:
+            screen.print(text, markup=False, highlight=False)
+
+        self._print = say
+
         def show(report: RoundReport, line: str) -> None:
             if report.status == "void":
-                screen.print(f"round {report.round} is void: {report.why}", markup=False, highlight=False)
+                say(f"round {report.round} is void: {report.why}")
             bar.update(task, completed=report.round)
             live.update(Group(bar, Text(line)))
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedml_core.accumulate import Accumulator
-from fedml_core.errors import ReplyError
-from fedml_core.messages import Arrival, Assignment, Body, Evaluation, Failure, Refusal
-from fedml_core.update import Update
+from fedml_core.bulk import BulkArrival, GatheredArrival
+from fedml_core.errors import ReplyError, StrategyError
+from fedml_core.messages import Arrival, Arrived, Assignment, Body, Evaluation, Failure, Refusal
+from fedml_core.update import Update, check_sums
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,37 @@ class Intake:
         self.excluded: list[Exclusion] = []
         self.bytes_up = 0
 
-    def take(self, arrivals: Iterable[Arrival]) -> None:
+    def take(self, arrivals: Iterable[Arrived]) -> None:
         """Accept or exclude each arrival, as it comes."""
         for arrival in arrivals:
             self.bytes_up += arrival.size_bytes
-            try:
-                self._check_envelope(arrival)
-                self.accept(_work_done(arrival.reply.body))
-            except ReplyError as error:
-                self.excluded.append(Exclusion(arrival.client, error.rule, str(error)))
+            if isinstance(arrival, Arrival):
+                self._take_one(arrival)
             else:
-                self.accepted.append(arrival.client)
+                self.accept_bulk(arrival)
+
+    def accept_bulk(self, arrival: BulkArrival | GatheredArrival) -> None:
+        """Add many clients' replies that came in one piece."""
+        raise StrategyError(f"{type(self).__name__} takes single replies, got a {type(arrival).__name__}")
+
+    def _take_one(self, arrival: Arrival) -> None:
+        try:
+            self._check_envelope(arrival)
+            self.accept(_work_done(arrival.reply.body))
+        except ReplyError as error:
+            self._exclude(arrival.client, error)
+        else:
+            self.accepted.append(arrival.client)
+
+    def _exclude(self, client: int, error: ReplyError) -> None:
+        self.excluded.append(Exclusion(client, error.rule, str(error)))
+
+    def _see(self, clients: Sequence[int]) -> None:
+        """Count clients of this process as having replied; none of them may be a stranger or come twice."""
+        new = set(clients)
+        if len(new) != len(clients) or not new <= self._cohort or new & self._seen:
+            raise StrategyError("an engine returned replies of clients that were not asked, or twice; this is a bug")
+        self._seen |= new
 
     def accept(self, body: Update | Evaluation) -> None:
         """Add the body to what this intake gathers, or raise ReplyError."""
@@ -91,6 +112,28 @@ class UpdateIntake(Intake):
             raise ReplyError("shape", f"one client's update must be one vector, got {tuple(body.values.shape)}")
         self.accumulator.add(body)
 
+    def accept_bulk(self, arrival: BulkArrival | GatheredArrival) -> None:
+        """Add K updates at once, or what a worker has added up; of K, exclude those that must not reach a sum."""
+        if isinstance(arrival, GatheredArrival):
+            self._see([*arrival.accepted, *(client for client, _, _ in arrival.excluded)])
+            self.accumulator.merge(arrival.accumulator)
+            self.accepted.extend(arrival.accepted)
+            self.excluded.extend(Exclusion(*row) for row in arrival.excluded)
+            return
+        self._see(arrival.clients)
+        try:
+            self.accumulator.add(arrival.update)
+        except ReplyError:
+            for place, client in enumerate(arrival.clients):
+                try:
+                    self.accumulator.add(arrival.update.row(place))
+                except ReplyError as error:
+                    self._exclude(client, error)
+                else:
+                    self.accepted.append(client)
+        else:
+            self.accepted.extend(arrival.clients)
+
 
 class EvaluationIntake(Intake):
     """Adds up summed metrics."""
@@ -103,6 +146,7 @@ class EvaluationIntake(Intake):
         """Add an evaluation's sums."""
         if not isinstance(body, Evaluation):
             raise ReplyError("kind", "an evaluation was asked for, an update came")
+        check_sums(body.sums)
         if not all(math.isfinite(value) for value in body.sums.values()):
             raise ReplyError("non-finite", "an evaluation's sums hold NaN or infinity")
         if body.sums.get("examples", 0) <= 0:

@@ -37,6 +37,8 @@ keys = typer.Typer(no_args_is_help=True, help="Who may take part: keys of sites,
 keys.add_typer(clients.app.keys)
 keys.add_typer(server.app.keys)
 app.add_typer(keys, name="keys")
+app.add_typer(server.app.commands)
+app.add_typer(clients.app.commands)
 
 _EXAMPLES = """Examples:
 

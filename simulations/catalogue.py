@@ -14,7 +14,8 @@ from fedml_core.transform import Transform
 from fedml_core.weighting import Weighting
 from server.configure import import_strategies
 from server.sampling import Sampling
-from simulations.configure import ENGINES, partitioners
+from simulations.engines import Engine
+from simulations.partition import Partitioner
 from strategies.schedules import Schedule
 from strategies.strategy import Strategy
 
@@ -43,21 +44,26 @@ def catalogue(kind: str | None = None) -> dict[str, list[Entry]]:
     Raises: ConfigError: for an unknown kind; the nearest is offered.
     """
     import_strategies()
-    kinds: dict[str, Mapping[str, Any]] = {
+    kinds: dict[str, Mapping[str, type[Any]]] = {
         "strategies": Strategy.members,
-        "partitioners": partitioners(),
+        "partitioners": Partitioner.members,
         "samplings": Sampling.members,
         "weightings": Weighting.members,
         "schedules": Schedule.members,
         "transforms": Transform.members,
-        "engines": ENGINES,
+        "engines": {engine.name: engine for engine in Engine.members.values()},  # as reports name them
     }
     if kind is not None and kind not in kinds:
         raise ConfigError(f"there is no kind {kind!r}; {nearest(kind, kinds)}")
     wanted = kinds if kind is None else {kind: kinds[kind]}
     return {
-        title: [_entry(name, member) for name, member in sorted(members.items())] for title, members in wanted.items()
+        title: [_entry(name, member) for name, member in sorted(members.items()) if _can_be_made(member)]
+        for title, members in wanted.items()
     }
+
+
+def _can_be_made(member: type[Any]) -> bool:
+    return dataclasses.is_dataclass(member) and not inspect.isabstract(member)
 
 
 def _entry(name: str, member: Any) -> Entry:

@@ -1,6 +1,7 @@
-"""How one data set becomes the data of many clients: every partitioner, by class and by name.
+"""How one data set becomes the data of many clients: every partitioner.
 
 All keep one promise, checked in `Partitioner.split`: each example goes to exactly one client and no client is empty.
+A configuration names them as Python does, or in lower case with dashes: `{name = "label-limited", ...}`.
 
     Iid                alike and of equal size
     Dirichlet          label mix and size vary (alpha)
@@ -14,16 +15,14 @@ All keep one promise, checked in `Partitioner.split`: each example goes to exact
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedml_core.errors import ConfigError
-from simulations.partition_contract import Examples, Part, Partitioner, by_owner, class_codes, indices_of
+from simulations.partition_contract import DataOutline, Part, Partitioner, by_owner, class_codes, indices_of
 from simulations.partition_labels import BalancedDirichlet, Dirichlet, LabelLimited, Shards
 from simulations.partition_sizes import Iid, QuantitySkew
 
@@ -45,7 +44,7 @@ class ByKey(Partitioner):
         if not isinstance(self.merge, bool):
             raise ConfigError(f"merge must be true or false, got {self.merge!r}")
 
-    def deal(self, examples: Examples, clients: int, rng: np.random.Generator) -> list[Part]:
+    def deal(self, examples: DataOutline, clients: int, rng: np.random.Generator) -> list[Part]:
         """Return the parts."""
         keys, codes = np.unique(examples.needed_groups(), return_inverse=True)
         if clients > len(keys) or (clients < len(keys) and not self.merge):
@@ -64,7 +63,7 @@ class Explicit(Partitioner):
     Raises: ConfigError: if an index is not an integer; from `split`, if examples are lost, repeated or not there.
 
     Example:
-        >>> [part.tolist() for part in Explicit([[2, 0], [1]]).split(Examples(3), 2, seed=0)]
+        >>> [part.tolist() for part in Explicit([[2, 0], [1]]).split(DataOutline(3), 2, seed=0)]
         [[0, 2], [1]]
     """
 
@@ -74,49 +73,9 @@ class Explicit(Partitioner):
         """Make the indices tuples, so that they compare and cannot change."""
         object.__setattr__(self, "indices", _as_tuples(self.indices))
 
-    def deal(self, examples: Examples, clients: int, rng: np.random.Generator) -> Sequence[ArrayLike]:
+    def deal(self, examples: DataOutline, clients: int, rng: np.random.Generator) -> Sequence[ArrayLike]:
         """Return the parts."""
         return self.indices
-
-
-_PARTITIONERS: Mapping[str, type[Partitioner]] = {
-    "balanced-dirichlet": BalancedDirichlet,
-    "by-key": ByKey,
-    "dirichlet": Dirichlet,
-    "explicit": Explicit,
-    "iid": Iid,
-    "label-limited": LabelLimited,
-    "quantity-skew": QuantitySkew,
-    "shards": Shards,
-}
-
-
-def partitioner(table: Mapping[str, object]) -> Partitioner:
-    """Return the partitioner that a table of a configuration file describes: its `name`, and its arguments.
-
-    Raises: ConfigError: if the name or an argument is unknown, missing or out of range; it offers the nearest.
-
-    Example:
-        >>> partitioner({"name": "dirichlet", "alpha": 0.3})
-        Dirichlet(alpha=0.3, minimum=1)
-    """
-    if not isinstance(table, Mapping):
-        raise ConfigError(f'a partitioner must be a table such as {{name = "iid"}}, got {table!r}')
-    name = table.get("name")
-    if not isinstance(name, str):
-        raise ConfigError(f"a partitioner needs a name, one of {', '.join(_PARTITIONERS)}; got {name!r}")
-    if name not in _PARTITIONERS:
-        raise ConfigError(f"there is no partitioner {name!r}; {_offer(name, _PARTITIONERS)}")
-    chosen = _PARTITIONERS[name]
-    arguments = {key: value for key, value in table.items() if key != "name"}
-    fields = {item.name: item for item in dataclasses.fields(chosen)}  # type: ignore[arg-type]  # each is a dataclass
-    for key in arguments:
-        if key not in fields:
-            raise ConfigError(f"partitioner {name!r} has no argument {key!r}; {_offer(str(key), fields)}")
-    for key, item in fields.items():
-        if item.default is dataclasses.MISSING and key not in arguments:
-            raise ConfigError(f"partitioner {name!r} needs {key}, got none; add it to its table")
-    return chosen(**arguments)
 
 
 def label_counts(labels: ArrayLike, parts: Iterable[ArrayLike]) -> NDArray[np.int64]:
@@ -137,15 +96,6 @@ def label_counts(labels: ArrayLike, parts: Iterable[ArrayLike]) -> NDArray[np.in
     return np.array(rows, dtype=np.int64).reshape(len(rows), classes)
 
 
-def _offer(word: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    like = {name.replace("-", "_"): name for name in names}
-    near = difflib.get_close_matches(word.lower().replace("-", "_"), like, n=1)
-    if near:
-        return f"did you mean {like[near[0]]!r}?"
-    return f"use one of {', '.join(names)}" if names else "it takes none"
-
-
 def _as_tuples(indices: object) -> tuple[tuple[int, ...], ...]:
     if not isinstance(indices, Sequence | np.ndarray) or isinstance(indices, str):
         raise ConfigError(f"indices must be one list of integers for each client, got a {type(indices).__name__}")
@@ -155,8 +105,8 @@ def _as_tuples(indices: object) -> tuple[tuple[int, ...], ...]:
 __all__ = [
     "BalancedDirichlet",
     "ByKey",
+    "DataOutline",
     "Dirichlet",
-    "Examples",
     "Explicit",
     "Iid",
     "LabelLimited",
@@ -164,5 +114,4 @@ __all__ = [
     "QuantitySkew",
     "Shards",
     "label_counts",
-    "partitioner",
 ]

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedml_core.errors import ConfigError
+from fedml_core.named import Named
 from fedml_core.randomness import seeded
 
 Column = NDArray[Any]
@@ -24,7 +25,7 @@ MAX_CLASSES = 10_000
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
+class DataOutline:
     """What a partitioner may know of a data set: how many examples, and a label and a natural key for each.
 
     Args: count: >= 1. labels: one per example: integers, booleans or strings are classes, floats are regression
@@ -45,12 +46,12 @@ class Examples:
                 object.__setattr__(self, name, _column(name, values, kinds, self.count))
 
     @classmethod
-    def of(cls, labels: ArrayLike, groups: ArrayLike | None = None) -> Examples:
+    def of(cls, labels: ArrayLike, groups: ArrayLike | None = None) -> DataOutline:
         """Return the examples that `labels` counts.
 
         Example:
-            >>> Examples.of([0, 1, 1])
-            Examples(count=3)
+            >>> DataOutline.of([0, 1, 1])
+            DataOutline(count=3)
         """
         column = _column("labels", labels, "biufU", None)
         keys = None if groups is None else _column("groups", groups, "iuU", len(column))
@@ -82,26 +83,29 @@ class Examples:
         return by_owner(codes, int(codes.max()) + 1)
 
 
-class Partitioner(ABC):
-    """Says which client holds which example; to write your own, subclass this and define `deal`."""
+class Partitioner(Named, ABC):
+    """Says which client holds which example; to write your own, define `deal` in a frozen dataclass that subclasses it.
+
+    `members` and `from_config` know those that come with fedveil once `simulations.partition` is imported.
+    """
 
     @abstractmethod
-    def deal(self, examples: Examples, clients: int, rng: np.random.Generator) -> Sequence[ArrayLike]:
+    def deal(self, examples: DataOutline, clients: int, rng: np.random.Generator) -> Sequence[ArrayLike]:
         """Return one collection of example indices per client, in any order; draw from nothing but `rng`.
 
         Args: clients: 1 to `examples.count`.
         """
 
     @final
-    def split(self, examples: Examples, clients: int, seed: int) -> list[Part]:
+    def split(self, examples: DataOutline, clients: int, seed: int) -> list[Part]:
         """Return the indices of each client's examples, rising, as int64.
 
         Guarantees: every example is in exactly one part and no part is empty; equal arguments give equal parts.
         Args: clients: >= 1 and at most `examples.count`. seed: any integer.
         Raises: ConfigError: if the examples cannot be split so, or `deal` broke the guarantee.
         """
-        if not isinstance(examples, Examples):
-            raise ConfigError(f"split takes Examples, got a {type(examples).__name__}; use Examples.of(labels)")
+        if not isinstance(examples, DataOutline):
+            raise ConfigError(f"split takes a DataOutline, got a {type(examples).__name__}; use DataOutline.of(labels)")
         clients = whole("clients", clients, 1)
         seed = whole("seed", seed)
         if clients > examples.count:
@@ -247,4 +251,4 @@ def _owners(name: str, parts: object, count: int, clients: int) -> NDArray[np.in
     return owners
 
 
-__all__ = ["Examples", "Part", "Partitioner", "by_owner", "class_codes", "indices_of", "positive", "whole"]
+__all__ = ["DataOutline", "Part", "Partitioner", "by_owner", "class_codes", "indices_of", "positive", "whole"]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedml_core.errors import ConfigError
-from simulations.partition_contract import Examples, Part, Partitioner, by_owner, positive, whole
+from simulations.partition_contract import DataOutline, Part, Partitioner, by_owner, positive, whole
 from simulations.partition_sizes import dirichlet, draw_owners, require_minimum, topped_up
 
 
@@ -33,7 +33,7 @@ class Dirichlet(Partitioner):
         object.__setattr__(self, "alpha", positive("alpha", self.alpha))
         whole("minimum", self.minimum, 1)
 
-    def deal(self, examples: Examples, clients: int, rng: np.random.Generator) -> list[Part]:
+    def deal(self, examples: DataOutline, clients: int, rng: np.random.Generator) -> list[Part]:
         """Return the parts."""
         require_minimum(examples.count, clients, self.minimum)
         alphas = np.full(clients, self.alpha)
@@ -62,7 +62,7 @@ class BalancedDirichlet(Partitioner):
         """Check the field."""
         object.__setattr__(self, "alpha", positive("alpha", self.alpha))
 
-    def deal(self, examples: Examples, clients: int, rng: np.random.Generator) -> list[Part]:
+    def deal(self, examples: DataOutline, clients: int, rng: np.random.Generator) -> list[Part]:
         """Return the parts."""
         pools = [rng.permutation(members) for members in examples.members()]
         left = np.array([len(pool) for pool in pools])
@@ -94,7 +94,7 @@ class LabelLimited(Partitioner):
         """Check the field."""
         whole("classes_per_client", self.classes_per_client, 1)
 
-    def deal(self, examples: Examples, clients: int, rng: np.random.Generator) -> list[Part]:
+    def deal(self, examples: DataOutline, clients: int, rng: np.random.Generator) -> list[Part]:
         """Return the parts."""
         pools = examples.members()
         seats = self._seats(np.array([len(pool) for pool in pools]), clients)
@@ -150,7 +150,7 @@ class Shards(Partitioner):
         """Check the field."""
         whole("per_client", self.per_client, 1)
 
-    def deal(self, examples: Examples, clients: int, rng: np.random.Generator) -> list[Part]:
+    def deal(self, examples: DataOutline, clients: int, rng: np.random.Generator) -> list[Part]:
         """Return the parts."""
         labels = examples.needed_labels()
         shards = clients * self.per_client

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedml_core.errors import ConfigError
-from simulations.partition_contract import Examples, Part, Partitioner, by_owner, positive, whole
+from simulations.partition_contract import DataOutline, Part, Partitioner, by_owner, positive, whole
 
 # Below this, a Dirichlet draw is one-hot to the last bit of a float64; without it, 1 / alpha could overflow.
 _SMALLEST_ALPHA = 1e-100
@@ -19,11 +19,11 @@ class Iid(Partitioner):
     """Deals shuffled examples out in turn: every client's data looks alike, and sizes differ by at most one.
 
     Example:
-        >>> [len(part) for part in Iid().split(Examples(7), 3, seed=0)]
+        >>> [len(part) for part in Iid().split(DataOutline(7), 3, seed=0)]
         [3, 2, 2]
     """
 
-    def deal(self, examples: Examples, clients: int, rng: np.random.Generator) -> list[Part]:
+    def deal(self, examples: DataOutline, clients: int, rng: np.random.Generator) -> list[Part]:
         """Return the parts."""
         owners = np.empty(examples.count, dtype=np.int64)
         owners[rng.permutation(examples.count)] = np.arange(examples.count) % clients
@@ -49,7 +49,7 @@ class QuantitySkew(Partitioner):
         object.__setattr__(self, "alpha", positive("alpha", self.alpha))
         whole("minimum", self.minimum, 1)
 
-    def deal(self, examples: Examples, clients: int, rng: np.random.Generator) -> list[Part]:
+    def deal(self, examples: DataOutline, clients: int, rng: np.random.Generator) -> list[Part]:
         """Return the parts."""
         require_minimum(examples.count, clients, self.minimum)
         shares = dirichlet(np.full(clients, self.alpha), rng)
@@ -90,7 +90,7 @@ def require_minimum(count: int, clients: int, minimum: int) -> None:
 def topped_up(owners: NDArray[np.int64], clients: int, minimum: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Return owners such that every client has at least `minimum` examples; see `require_minimum` for when it can.
 
-    Examples leave, one by one, whichever client has the most at that moment; which of its examples is left to `rng`.
+    DataOutline leave, one by one, whichever client has the most at that moment; which of its examples is left to `rng`.
     """
     sizes = np.bincount(owners, minlength=clients)
     missing = np.maximum(minimum - sizes, 0)

@@ -11,14 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Subset
 
+from fedml_core.checks import require_number
 from fedml_core.data import ClientData, Data, Examples, targets_of
 from fedml_core.errors import ConfigError, TaskError
 from fedml_core.named import nearest
 from fedml_core.randomness import seeded
 from fedml_core.task import Task
-from simulations.partition import partitioner
-from simulations.partition_contract import Examples as Labels
-from simulations.partition_contract import Partitioner
+from simulations.packing import Packed
+from simulations.partition import DataOutline, Partitioner
+from simulations.partition_contract import whole
 
 
 class Population(Protocol):
@@ -30,6 +31,14 @@ class Population(Protocol):
 
     def load(self, client: int) -> ClientData:
         """Return one client's data."""
+        ...
+
+    def counts(self, clients: Sequence[int]) -> NDArray[np.int64] | None:
+        """Return how many training examples each has, (K,), or None where only loading would tell."""
+        ...
+
+    def pack(self, clients: Sequence[int]) -> Packed | None:
+        """Return the clients' training examples as one, or None if one of them is not in memory as `Examples`."""
         ...
 
 
@@ -53,6 +62,16 @@ class Virtual:
             return self.make(client)
         except Exception as error:
             raise TaskError(f"client_data({client}) failed: {type(error).__name__}: {error}") from error
+
+    def counts(self, clients: Sequence[int]) -> NDArray[np.int64] | None:
+        """Return None."""
+        return None
+
+    def pack(self, clients: Sequence[int]) -> Packed | None:
+        """Return the clients' training examples as one, or None if one of them is not in memory as `Examples`."""
+        loaded = [self.load(client).train for client in clients]
+        parts = [part for part in loaded if isinstance(part, Examples)]
+        return Packed.of(parts) if len(parts) == len(loaded) else None
 
 
 @dataclass(frozen=True)
@@ -79,14 +98,30 @@ class Partitioned:
 
     def load(self, client: int) -> ClientData:
         """Return the client's part of the pool, and of that what it keeps aside."""
+        train, aside = self._split(client)
+        held = _take(self.pool, aside) if len(aside) else None
+        return ClientData(_take(self.pool, train), held)
+
+    def counts(self, clients: Sequence[int]) -> NDArray[np.int64] | None:
+        """Return how many training examples each has."""
+        sizes = np.array([len(self.parts[client]) for client in clients], dtype=np.int64)
+        return sizes - (sizes * self.holdout).astype(np.int64)
+
+    def pack(self, clients: Sequence[int]) -> Packed | None:
+        """Return the clients' training examples as one, gathered in one go."""
+        if not isinstance(self.pool, Examples):
+            return None
+        rows = [self._split(client)[0] for client in clients]
+        offsets = np.concatenate(([0], np.cumsum([len(row) for row in rows])))
+        return Packed(self.pool.take(torch.from_numpy(np.concatenate(rows))), offsets)
+
+    def _split(self, client: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         part = self.parts[client]
         aside = int(len(part) * self.holdout)
         if aside == 0:
-            return ClientData(_take(self.pool, part))
+            return part, part[:0]
         order = seeded(self.seed, "holdout", client).permutation(len(part))
-        return ClientData(
-            _take(self.pool, part[np.sort(order[aside:])]), _take(self.pool, part[np.sort(order[:aside])])
-        )
+        return part[np.sort(order[aside:])], part[np.sort(order[:aside])]
 
 
 def partition(task: Task, partitioner: Partitioner, clients: int, *, seed: int, holdout: float = 0.0) -> Partitioned:
@@ -101,7 +136,8 @@ def partition(task: Task, partitioner: Partitioner, clients: int, *, seed: int, 
     groups = None if task.groups is None else np.asarray(task.groups())
     targets = targets_of(pool)
     labels = targets.numpy() if targets.dim() == 1 else None
-    return Partitioned(pool, partitioner.split(Labels(len(pool), labels, groups), clients, seed), holdout, seed)
+    outline = DataOutline(len(pool), labels, groups)
+    return Partitioned(pool, partitioner.split(outline, clients, seed), holdout, seed)
 
 
 def population_of(task: Task, partitioner: Partitioner, clients: int, *, seed: int, holdout: float = 0.0) -> Population:
@@ -116,16 +152,20 @@ def site_share(task: Task, settings: Mapping[str, Any]) -> ClientData:
 
     `settings`: a site's `[data]` table: `client`, `clients`, and as in a run.toml `partition`, `seed` and `holdout`.
     With those of a simulation, the fleet trains the same model. Real sites load their own data instead.
+
+    Raises: ConfigError: for a setting that does not exist or cannot be. TaskError: as `partition`.
     """
     known = ("client", "clients", "partition", "seed", "holdout")
     for key in settings:
         if key not in known:
             raise ConfigError(f"[data] has no key {key!r}; {nearest(key, known)}")
-    client, clients = int(settings.get("client", 0)), int(settings.get("clients", 1))
-    if not 0 <= client < clients:
+    clients = whole("[data] clients", settings.get("clients", 1), 1)
+    client = whole("[data] client", settings.get("client", 0), 0)
+    if client >= clients:
         raise ConfigError(f"[data] client must be 0 to {clients - 1} for clients = {clients}, got {client}")
-    rule = partitioner(settings.get("partition", {"name": "iid"}))
-    seed, holdout = int(settings.get("seed", 0)), float(settings.get("holdout", 0.0))
+    seed, holdout = whole("[data] seed", settings.get("seed", 0)), settings.get("holdout", 0.0)
+    require_number("[data] holdout", holdout, at_least=0, below=1)
+    rule = Partitioner.from_config(settings.get("partition", "iid"), "[data] partition")
     return population_of(task, rule, clients, seed=seed, holdout=holdout).load(client)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,20 +18,18 @@ from fedml_core.task import Task
 from fedml_core.training import Training
 from server.checkpoint import RunState
 from server.coordinator import Coordinator
-from server.history import History, RunFolder, summarise
+from server.history import History, RunFolder
 from server.plan import EarlyStopping, EvaluationPlan, Plan
-from server.round import RoundReport
+from server.record import Callback, coordinator_for, finished, record_rounds
 from server.sampling import EveryClient, Sampling
 from simulations.channel import SimulationChannel
-from simulations.engines.engine import Engine
+from simulations.engines.engine import Engine, Stage
 from simulations.engines.sequential import Sequential
 from simulations.faults import Faults
 from simulations.partition import Iid
 from simulations.partition_contract import Partitioner
 from simulations.population import Population, population_of
 from strategies.strategy import Strategy
-
-Callback = Callable[[RoundReport, RunState], object]
 
 
 @dataclass(frozen=True)
@@ -104,23 +102,28 @@ class Simulation:
         folder = RunFolder(out, self.plan) if out is not None else None
         memory, state = InProcessMemory(), self._state(folder, resume=resume, overwrite=overwrite)
         memory.restore(state.extra)
-        coordinator = self._coordinator(state)
-        reports = folder.reports() if folder and resume else []
-        channel = SimulationChannel(
-            self.population, self.trainer, memory, engine=self.engine, faults=self.faults, seed=self.seed
+        coordinator = coordinator_for(self.task, self.plan, state, self.trainer)
+        stage = self._stage(memory)
+        session = self.engine.open(stage)
+        try:
+            channel = SimulationChannel(stage, session)
+            reports = record_rounds(
+                coordinator, channel, self.rounds, folder=folder, callbacks=callbacks, extra=memory.to_tree
+            )
+        finally:
+            session.close()
+        return finished(coordinator, reports, folder, clients=len(self.population), engine=self.engine.name)
+
+    def _stage(self, memory: InProcessMemory) -> Stage:
+        return Stage(
+            task=self.task,
+            trainer=self.trainer,
+            population=self.population,
+            memory=memory,
+            accumulator=lambda: self.strategy.accumulator(self.trainer.spec),
+            faults=self.faults,
+            seed=self.seed,
         )
-        for report in coordinator.rounds(channel, self.rounds):
-            reports.append(report)
-            coordinator.state = dataclasses.replace(coordinator.state, extra=memory.to_tree())
-            if folder is not None:
-                folder.record(coordinator.state)
-            for callback in callbacks:
-                callback(report, coordinator.state)
-        facts = {"clients": len(self.population), "engine": self.engine.name, "out": str(out) if out else None}
-        history = History(reports, coordinator.state.parameters, self.trainer.spec, summarise(reports, **facts))
-        if folder is not None:
-            folder.finish(history.summary)
-        return history
 
     def _state(self, folder: RunFolder | None, *, resume: bool, overwrite: bool) -> RunState:
         spec = self.trainer.spec
@@ -133,18 +136,6 @@ class Simulation:
         if resume:
             raise ConfigError("resume needs the folder of the run; give out=")
         return fresh()
-
-    def _coordinator(self, state: RunState) -> Coordinator:
-        held_out = self.task.test_data() if self.task.test_data else None
-        if held_out is not None:
-            self.task.check(held_out, "the task's test_data")
-        return Coordinator(
-            self.plan,
-            self.trainer.spec,
-            state,
-            evaluate=None if held_out is None else lambda parameters: self.trainer.evaluate(parameters, held_out),
-            derive=self.task.derive,
-        )
 
 
 def simulate(

@@ -12,13 +12,12 @@ import torch
 from fedml_core.config import load_run
 from fedml_core.console import Console
 from fedml_core.data import targets_of
-from fedml_core.errors import ConfigError, RunError
+from fedml_core.errors import ConfigError
 from fedml_core.loading import load_task
-from fedml_core.storage import write_json
 from fedml_core.task import Task
-from server.history import PLOTS, SUMMARY, History, read_history
-from server.progress import Progress
-from server.report import LABELS, read_run, write_labels, write_report
+from server.history import History
+from server.record import conclude, refuse_both, watched
+from server.report import LABELS, write_labels
 from simulations.baseline import passes_of, train_centrally
 from simulations.configure import simulation_from
 from simulations.population import Partitioned
@@ -51,48 +50,26 @@ def simulate_file(console: Console, request: Request) -> None:
 
     Raises: FedveilError: for whatever is wrong; what was done so far stays readable.
     """
-    if request.resume and request.overwrite:
-        raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
+    refuse_both(resume=request.resume, overwrite=request.overwrite)
     config = load_run(request.path, request.overrides)
     folder = request.out or Path(config.out).expanduser()
     task = load_task(config.task, config.folder)
     simulation = simulation_from(config, task)
     if request.central and (task.train_data is None or task.test_data is None):
         raise ConfigError("--central needs the task's train_data and test_data; give the task both, or leave it out")
-    history = _run(console, simulation, request, folder)
+    with watched(console, simulation.rounds, folder, lambda: _again(request)) as progress:
+        history = simulation.run(out=folder, resume=request.resume, overwrite=request.overwrite, callbacks=[progress])
     summary = {**history.summary, "stopped_early": len(history.reports) < config.rounds}
     if request.central:
         console.note("training the same model on the pooled data")
         summary["central"] = _central(simulation, task, history)
-    write_json(folder / SUMMARY, summary)
     _keep_labels(simulation, task, folder)
-    recorded = read_run(folder)
-    report = write_report(recorded, plots=request.plots)
-    places = f"{report}, plots in {folder / PLOTS}" if request.plots else f"{report}"
-    console.table([*recorded.rows, ("report", places), ("next", _next(request, folder))])
-    console.result({**recorded.summary, "report": str(report)})
+    conclude(console, folder, summary, plots=request.plots, next_step=_next(request, folder))
 
 
-def _run(console: Console, simulation: Simulation, request: Request, folder: Path) -> History:
-    again = f"fedveil simulate {shlex.quote(str(request.path))} --resume"
-    if request.out is not None:
-        again += f" --out {shlex.quote(str(request.out))}"
-    console.on_interrupt = lambda: _kept(folder, again)
-    with Progress(console, simulation.rounds) as progress:
-        try:
-            return simulation.run(out=folder, resume=request.resume, overwrite=request.overwrite, callbacks=[progress])
-        except RunError as error:
-            raise RunError(f"{error}; every round is in {folder}") from error
-
-
-def _kept(folder: Path, again: str) -> str:
-    try:
-        rounds = len(read_history(folder))
-    except ConfigError:
-        rounds = 0
-    if rounds == 0:
-        return "; no round was finished, so nothing is kept"
-    return f"; {rounds} rounds are kept in {folder}; go on with: {again}"
+def _again(request: Request) -> list[str]:
+    out = [] if request.out is None else ["--out", str(request.out)]
+    return ["fedveil", "simulate", str(request.path), "--resume", *out]
 
 
 def _central(simulation: Simulation, task: Task, history: History) -> Mapping[str, float]:

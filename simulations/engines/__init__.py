@@ -1,1 +1,9 @@
-"""How a cohort's work is done on this machine. One engine a file; all give the same answer."""
+"""How a cohort's work is done on this machine. One engine a file; all give the same answer.
+
+Importing this package makes every engine known by name.
+"""
+
+from simulations.engines.engine import Engine
+from simulations.engines.sequential import Sequential
+
+__all__ = ["Engine", "Sequential"]

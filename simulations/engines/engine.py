@@ -1,34 +1,71 @@
-"""What an engine is: it takes a cohort's work whole and yields replies in any order."""
+"""What an engine is: opened once for a run, it takes a cohort's work whole and yields replies in any order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, Protocol
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
-from clients.client import Trainer
 from clients.memory import MemoryStore
-from fedml_core.messages import Arrival, Assignment, Reply, reply_to_frame
+from clients.torch_trainer import TorchTrainer
+from fedml_core.accumulate import Accumulator
+from fedml_core.messages import Arrival, Arrived, Assignment, Reply, reply_to_frame
+from fedml_core.named import Named
+from fedml_core.task import Task
+from simulations.faults import Faults
 from simulations.population import Population
 
+_log = logging.getLogger(__name__)
 
-class Engine(Protocol):
-    """Does the work of a cohort in this process, or spreads it."""
 
-    name: ClassVar[str]
+@dataclass(frozen=True)
+class Stage:
+    """What an engine works on for a whole run.
 
-    def run(
-        self,
-        assignment: Assignment,
-        cohort: Sequence[int],
-        population: Population,
-        trainer: Trainer,
-        memory: MemoryStore,
-    ) -> Iterator[Arrival]:
-        """Yield each client's reply as it is ready.
+    `trainer`: trains one client, in this process. `memory`: what clients remember. `faults`, `seed`: which replies go
+    wrong on purpose. `accumulator`: makes the empty accumulator of one round. `tell`: says something to the user, once.
+    """
+
+    task: Task = field(repr=False)
+    trainer: TorchTrainer = field(repr=False)
+    population: Population = field(repr=False)
+    memory: MemoryStore = field(repr=False)
+    accumulator: Callable[[], Accumulator] = field(repr=False)
+    faults: Faults = field(default_factory=Faults)
+    seed: int = 0
+    tell: Callable[[str], None] = _log.warning
+
+
+class Session(ABC):
+    """An engine at work on one run; closed at its end, whatever ends it."""
+
+    @abstractmethod
+    def run(self, assignment: Assignment, cohort: Sequence[int]) -> Iterator[Arrived]:
+        """Yield each client's reply as it is ready, alone or in bulk.
 
         Guarantees: replies depend on the assignment and the client alone, not on the order of work.
         """
-        ...
+
+    def close(self) -> None:  # noqa: B027 - most engines hold nothing that must be given back
+        """Give back workers, memory and files. Idempotent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine(Named, ABC):
+    """How a cohort's work is done on this machine; subclasses are frozen dataclasses.
+
+    `skip_failures`: a client whose data or training fails is excluded from the round with its reason; otherwise the
+    first such error ends the run, naming the client. `name`: what reports call the engine.
+    """
+
+    skip_failures: bool = False
+    name: ClassVar[str]
+
+    @abstractmethod
+    def open(self, stage: Stage) -> Session:
+        """Return a session for one run."""
 
 
 def arrival_of(reply: Reply) -> Arrival:

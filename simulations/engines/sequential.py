@@ -7,34 +7,37 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from clients.client import Client, Trainer
-from clients.memory import MemoryStore
+from clients.client import Client
 from fedml_core.errors import ConfigError, TaskError
 from fedml_core.messages import Arrival, Assignment
-from simulations.engines.engine import arrival_of
-from simulations.population import Population
+from simulations.engines.engine import Engine, Session, Stage, arrival_of
 
 
 @dataclass(frozen=True)
-class Sequential:
-    """Trains clients one after the other.
+class Sequential(Engine):
+    """Trains clients one after the other."""
 
-    `skip_failures`: a client whose data or training fails is excluded from the round with its reason; otherwise the
-    first such error ends the run, naming the client.
-    """
-
-    skip_failures: bool = False
     name: ClassVar[str] = "sequential"
 
-    def run(
-        self,
-        assignment: Assignment,
-        cohort: Sequence[int],
-        population: Population,
-        trainer: Trainer,
-        memory: MemoryStore,
-    ) -> Iterator[Arrival]:
+    def open(self, stage: Stage) -> Session:
+        """Return a session that shares one trainer among all clients."""
+        return OneByOne(stage, self.skip_failures)
+
+
+class OneByOne(Session):
+    """Does each client's work by itself."""
+
+    def __init__(self, stage: Stage, skip_failures: bool) -> None:
+        self._stage = stage
+        self._fatal = () if skip_failures else (TaskError, ConfigError)
+
+    def run(self, assignment: Assignment, cohort: Sequence[int]) -> Iterator[Arrival]:
         """Yield each client's reply, in the cohort's order."""
+        stage = self._stage
+        return stage.faults.disturb(self._replies(assignment, cohort), assignment.round, stage.seed)
+
+    def _replies(self, assignment: Assignment, cohort: Sequence[int]) -> Iterator[Arrival]:
+        stage = self._stage
         for number in cohort:
-            client = Client(number, partial(population.load, number), trainer, memory)
-            yield arrival_of(client.answer(assignment, fatal=() if self.skip_failures else (TaskError, ConfigError)))
+            client = Client(number, partial(stage.population.load, number), stage.trainer, stage.memory)
+            yield arrival_of(client.answer(assignment, fatal=self._fatal))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import http.server
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from starlette.requests import Request
 
+from clients import fleet
 from clients.fleet import FleetClient
 from fedml_core.errors import ChannelError, ConfigError
 from fedml_core.tls import new_authority
 from fedml_core.wire import Frame
+from server import fleet_listener
 from server.fleet import FleetServer
 from server.fleet_listener import Endpoint, RequestRefusedError
 from tests.fleet_cases import PATIENCE_S, answer, fast_heartbeats, gather, local, online, running, soon, texts
@@ -87,6 +90,23 @@ def test_a_client_waits_for_a_server_that_is_not_there_yet_and_stops_at_once_whe
     assert runner.raised == []
 
 
+def test_a_client_that_waits_for_mail_stops_when_asked_however_long_the_server_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fleet_listener, "HOLD_S", 600.0)
+    monkeypatch.setattr(fleet, "_READ_TIMEOUT_S", 700.0)
+    with FleetServer("127.0.0.1", 0, insecure=True) as server, running(local(server)) as (runner,):
+        online(server, 1)
+        runner.end()
+        assert server.nodes() == {}
+
+
+def test_answers_are_not_held_back_to_be_sent_together() -> None:
+    opened = fleet_listener.open_socket("127.0.0.1", 0, only_loopback=True)
+    with opened:
+        assert opened.proto == socket.IPPROTO_TCP
+
+
 def test_a_client_that_was_asked_to_stop_before_it_began_asks_nothing() -> None:
     stop = threading.Event()
     stop.set()
@@ -142,12 +162,12 @@ def test_a_frame_that_is_being_handled_is_finished_and_answered_before_the_clien
 def sometimes_refusing(endpoint: Endpoint, times: int) -> Endpoint:
     left = iter(range(times))
 
-    async def answer_or_refuse(request: Request, body: bytes) -> bytes:
+    def answer_or_refuse(message: object) -> bytes:
         if next(left, None) is not None:
             raise RequestRefusedError(503, 0, "not now")
-        return await endpoint(request, body)
+        return endpoint.answer(message)
 
-    return answer_or_refuse
+    return replace(endpoint, answer=answer_or_refuse)
 
 
 @pytest.mark.parametrize("path", ["pull-messages", "pull-object", "confirm-message-received", "push-object"])
@@ -177,11 +197,11 @@ def test_signs_of_life_go_on_while_a_frame_is_handled(monkeypatch: pytest.Monkey
         endpoints = server._listener._endpoints
         beat = endpoints["/v1/fleet/send-node-heartbeat"]
 
-        async def counted(request: Request, body: bytes) -> bytes:
-            beats.append(body)
-            return await beat(request, body)
+        def counted(message: object) -> bytes:
+            beats.append(beat.answer(message))
+            return beats[-1]
 
-        endpoints["/v1/fleet/send-node-heartbeat"] = counted
+        endpoints["/v1/fleet/send-node-heartbeat"] = replace(beat, answer=counted)
         with running(local(server, heartbeat_s=heartbeat_s), handler=slow):
             (node,) = online(server, 1)
             sent = server.push({node: Frame("train", "{}")})

@@ -16,7 +16,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from clients import fleet, fleet_trouble
-from server.fleet import _REGISTRATION, _REQUESTS, NOT_ENROLLED, _SuperLink
+from server.fleet import _API, _INSECURE_ONLY, _WITH_STORE, NOT_ENROLLED, _SuperLink
 from server.fleet_listener import MAX_BODY_BYTES
 from tests.sources import ROOT
 
@@ -25,6 +25,7 @@ from flwr.app import Metadata
 from flwr.common import constant
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.error.catalog import API_ERROR_MAP
+from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 SHARED = {
@@ -117,9 +118,9 @@ def test_the_run_has_no_code_no_token_and_is_running() -> None:
 
 
 def test_flowers_handlers_take_what_they_are_given() -> None:
-    allowed = (["request", "state"], ["request", "state", "store"], ["request", "state", "enable_supernode_auth"])
-    for path, (request, handler) in {**_REQUESTS, **_REGISTRATION}.items():
-        assert parameters_of(handler) in allowed, path
+    for path, request in _API.items():
+        more = ["store"] * (path in _WITH_STORE) + ["enable_supernode_auth"] * (path in _INSECURE_ONLY)
+        assert parameters_of(getattr(fleet_handlers, path.replace("-", "_"))) == ["request", "state", *more], path
         assert request.FromString(b"").SerializeToString() == b""
 
 

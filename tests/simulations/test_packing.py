@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ def part(first: int, count: int) -> Examples:
 
 @pytest.mark.parametrize("length", [{}, {"epochs": 3}, {"steps": 7}], ids=str)
 @pytest.mark.parametrize("skip_single", [False, True])
-def test_visits_are_those_of_each_client_alone(length: dict[str, int], skip_single: bool) -> None:
+def test_visits_are_those_of_each_client_alone(length: dict[str, Any], skip_single: bool) -> None:
     training = Training(batch_size=4, **length)
     counts, numbers = [1, 9, 4, 3, 17, 5], [40, 2, 7, 8, 1, 30]
     parts = [part(100 * place, count) for place, count in enumerate(counts)]

@@ -9,7 +9,8 @@ import pytest
 
 from fedml_core.config import load_run
 from fedml_core.loading import load_task
-from simulations.configure import partitioners, simulation_from
+from simulations.configure import simulation_from
+from simulations.partition import Partitioner
 from simulations.simulate import Simulation
 from tests.simulations.project_cases import RUN, TASK, fedveil, last_json, nothing_stays, project
 
@@ -115,7 +116,7 @@ def test_a_wrong_argument_of_theirs_is_told_with_the_nearest(tmp_path: Path) -> 
 
 
 def test_ours_are_found_by_class_name_too() -> None:
-    assert {"Dirichlet", "Iid", "Shards", "ByKey", "Explicit"} <= set(partitioners())
+    assert {"Dirichlet", "Iid", "Shards", "ByKey", "Explicit"} <= set(Partitioner.members)
 
 
 def test_a_class_may_not_take_the_name_of_one_of_ours(tmp_path: Path) -> None:

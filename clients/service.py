@@ -1,0 +1,245 @@
+"""What a site answers: to a greeting who it is, to work what its own task does with its own data.
+
+Of an error, only its class and this project's own words leave the site; what the user's code said stays in the site's
+own log.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clients.client import Client
+from clients.memory import FileMemory
+from clients.torch_trainer import TorchTrainer
+from fedml_core.config import SiteConfig
+from fedml_core.data import ClientData
+from fedml_core.devices import choose_device
+from fedml_core.errors import ConfigError, FedveilError, RefusalError, ReplyError, RunError, TaskError
+from fedml_core.forward import guarded
+from fedml_core.handshake import (
+    Goodbye,
+    Hello,
+    Introduction,
+    NotGreetedError,
+    Refused,
+    greeting_from_frame,
+    greeting_to_frame,
+)
+from fedml_core.loading import place_in_task
+from fedml_core.messages import (
+    Assignment,
+    Failure,
+    Refusal,
+    Reply,
+    assignment_from_frame,
+    reply_to_frame,
+)
+from fedml_core.task import Task
+from fedml_core.update import Update
+from fedml_core.wire import Frame, from_frame
+
+__all__ = ["SiteService", "redacted"]
+
+_WORK = ("train", "evaluate")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The run that this site was greeted for."""
+
+    hello: Hello
+    trainer: TorchTrainer
+    client: Client
+
+
+class SiteService:
+    """Answers a server's frames with one site's task, data and memory; sets `stop` when there is nothing more to do.
+
+    Guarantees: nothing that a server sends is executed; what is asked for is built from classes installed here. Data
+    are loaded once, when they are first needed, and kept. Memories lie in the site's own folder, by run.
+
+    Args: say: told in one line what is done. on_error: told every error, with its traceback.
+    Raises: ConfigError, TaskError: if the site could never answer.
+    """
+
+    def __init__(
+        self,
+        config: SiteConfig,
+        task: Task,
+        say: Callable[[str], object],
+        on_error: Callable[[Exception], object] | None = None,
+    ) -> None:
+        if task.site_data is None:
+            raise TaskError(
+                f"the task {config.task} has no site_data, from which a site's examples come; give it a function that "
+                "takes the [data] table and returns ClientData"
+            )
+        choose_device(config.device)
+        self.stop = threading.Event()
+        self._config, self._task, self._say, self._on_error = config, task, say, on_error
+        self._read = guarded(task.site_data, "the task's site_data", f"for {config.path}")
+        self._data: ClientData | None = None
+        self._run: _Run | None = None
+        self._counts = {"trained": 0, "evaluated": 0, "failed": 0}
+        self._goodbye = ""
+        self._end: FedveilError | None = None
+        self._kept_out = ""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Return what this site has done so far."""
+        run = None if self._run is None else self._run.hello.run
+        return {"client": self._config.id, "name": self._config.name, "run": run, **self._counts}
+
+    def outcome(self) -> Mapping[str, Any]:
+        """Return what this site did in a run that is over.
+
+        Raises: the error that ended it. RunError: if the server never let this site in.
+        """
+        if self._end is not None:
+            raise self._end
+        if self._kept_out:
+            raise RunError(f"the run is over and never took this site in: {self._kept_out}")
+        return {**self.facts, "goodbye": self._goodbye}
+
+    def handle(self, frame: Frame) -> Frame:
+        """Return the answer to one frame of the server's.
+
+        Raises: NotGreetedError: for work of a run that this site was not greeted for. ChannelError: for a frame that
+            this version does not understand. What a bug of ours raises is raised; the link sends its class only.
+        """
+        try:
+            return self._work(frame) if frame.kind in _WORK else self._converse(frame)
+        except NotGreetedError:
+            raise
+        except Exception as error:
+            self._counts["failed"] += 1
+            self._tell(error, f"a frame could not be answered: {type(error).__name__}: {error}")
+            raise
+
+    def _converse(self, frame: Frame) -> Frame:
+        try:
+            greeting = greeting_from_frame(frame)
+            if isinstance(greeting, Hello):
+                return self._introduce(greeting)
+        except FedveilError as error:
+            self._give_up(error)
+            return greeting_to_frame(Refused(redacted(error)))
+        if isinstance(greeting, Refused):
+            self._kept_out = greeting.reason
+            if greeting.final:
+                self._give_up(ConfigError(f"the server refuses this client: {greeting.reason}"))
+            else:
+                self._say(f"the server does not take this client in yet: {greeting.reason}")
+        elif isinstance(greeting, Goodbye):
+            self._goodbye = greeting.reason
+            self.stop.set()
+        return greeting_to_frame(Goodbye("as you wish"))
+
+    def _introduce(self, hello: Hello) -> Frame:
+        """Make ready for the run and say who we are, also where the models differ: the server says so then, too."""
+        run = self._run
+        if run is None or (run.hello.run, run.hello.seed) != (hello.run, hello.seed):
+            run = self._ready_for(hello)
+        mine = greeting_to_frame(Introduction(self._config.id, self._config.name or "", run.trainer.spec))
+        try:
+            hello.spec.require_equal(run.trainer.spec)
+        except FedveilError as error:
+            self._give_up(error)
+            return mine
+        self._run, self._kept_out = run, ""
+        self._say(f"greeted as client {self._config.id} for run {hello.run[:8]}")
+        return mine
+
+    def _ready_for(self, hello: Hello) -> _Run:
+        number = self._config.id
+        trainer = TorchTrainer(self._task, hello.seed, device=self._config.device)
+        memory = FileMemory(self._config.beside(self._config.memory) / hello.run / f"client-{number}.fedveil")
+        return _Run(hello, trainer, Client(number, self._load, trainer, memory))
+
+    def _work(self, frame: Frame) -> Frame:
+        run, started = self._run, time.perf_counter()
+        if run is None:
+            raise NotGreetedError("the server gave work before it greeted this client")
+        try:
+            assignment = assignment_from_frame(frame)
+        except (FedveilError, ValueError) as error:
+            return self._unreadable(run, frame, error)
+        if assignment.run != run.hello.run:
+            raise NotGreetedError("the server gave work of a run for which it did not greet this client")
+        told: list[FedveilError] = []
+
+        def explain(error: FedveilError) -> str:
+            told.append(error)
+            return redacted(error)
+
+        reply = run.client.answer(assignment, explain)
+        self._account(assignment, reply, told, time.perf_counter() - started)
+        return reply_to_frame(reply)
+
+    def _unreadable(self, run: _Run, frame: Frame, error: Exception) -> Frame:
+        """Return the reply to an assignment that names what is not installed here, or is none at all."""
+        tree = from_frame(frame)
+        number = int(tree["round"])
+        self._counts["failed"] += 1
+        self._tell(error, f"round {number}: the assignment cannot be used: {error}")
+        reason = str(error) if isinstance(error, FedveilError) and _is_ours(error) else type(error).__name__
+        body = Failure("assignment", f"this site cannot use the assignment: {reason}")
+        return reply_to_frame(Reply(run.hello.run, number, self._config.id, run.trainer.spec.fingerprint, body))
+
+    def _account(self, assignment: Assignment, reply: Reply, told: list[FedveilError], seconds: float) -> None:
+        """Say in one line what was done, and count it."""
+        body, where = reply.body, f"round {assignment.round}"
+        if isinstance(body, Failure | Refusal):
+            self._counts["failed"] += 1
+            if told:
+                self._tell(told[-1], f"{where}: {body.rule}: {told[-1]}")
+            return
+        sums = {name: float(value) for name, value in body.sums.items()}
+        done = "trained" if isinstance(body, Update) else "evaluated"
+        self._counts[done] += 1
+        examples = sums.pop("examples", 0.0)
+        means = "".join(f", {name} {value / examples:.4f}" for name, value in sums.items()) if examples > 0 else ""
+        self._say(f"{where}: {done} on {examples:g} examples in {seconds:.1f} s{means}")
+
+    def _load(self) -> ClientData:
+        if self._data is None:
+            data = self._read(self._config.data)
+            if not isinstance(data, ClientData):
+                raise TaskError(f"the task's site_data must return ClientData, got {type(data).__name__}")
+            self._data = data
+        return self._data
+
+    def _give_up(self, error: FedveilError) -> None:
+        self._end = error
+        self.stop.set()
+
+    def _tell(self, error: Exception, line: str) -> None:
+        self._say(line)
+        if self._on_error is not None:
+            self._on_error(error)
+
+
+def redacted(error: FedveilError) -> str:
+    """Return what a server may know of an error: our own words where only they can be in it, else classes.
+
+    Guarantees: no text of the user's own code, and no path.
+    """
+    if isinstance(error, ReplyError | RefusalError) and _is_ours(error):
+        return str(error)
+    cause = error.__cause__
+    names = type(error).__name__ if cause is None else f"{type(error).__name__} from {type(cause).__name__}"
+    return f"{names}; the site's own log says more"
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Return whether no line of the user's own code had a part in an error's words."""
+    causes: list[BaseException] = []
+    while error not in causes:
+        causes.append(error)
+        error = error.__cause__ or error
+    return all(place_in_task(cause) is None for cause in causes)

@@ -1,0 +1,206 @@
+"""Chunks of K clients trained in one go: what the vectorised and the fused engine share around their trainers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients.memory import Remembered
+from fedml_core.bulk import BulkArrival
+from fedml_core.checks import require_whole
+from fedml_core.errors import TaskError
+from fedml_core.messages import Arrived, Assignment, Failure, Reply, TrainWork, reply_to_frame
+from fedml_core.randomness import keyed_coins
+from fedml_core.transform import Draws, State
+from fedml_core.update import Update
+from simulations.engines.batch_trainer import BatchTrainer, BatchWork, UnsupportedError
+from simulations.engines.engine import Engine, Session, Stage, arrival_of
+from simulations.engines.sequential import OneByOne
+from simulations.packing import Packed
+
+# Parameters of the clients of one chunk that fit a CPU's caches; a GPU wants as many clients as it can hold.
+_CACHE_BYTES = 4 << 20
+_DEVICE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batched(Engine):
+    """Trains K clients at once; what its trainer cannot do is done one by one, and said aloud once.
+
+    `clients_at_once`: K, or None to choose it by the model's size.
+    """
+
+    clients_at_once: int | None = None
+    name: ClassVar[str] = "batched"
+
+    def __post_init__(self) -> None:
+        """Check K."""
+        if self.clients_at_once is not None:
+            require_whole("clients_at_once", self.clients_at_once, at_least=1)
+
+    @abstractmethod
+    def trainer(self, stage: Stage) -> BatchTrainer:
+        """Return the trainer for one run.
+
+        Raises: UnsupportedError: if the task is not one for this engine.
+        """
+
+    def open(self, stage: Stage) -> Session:
+        """Return a session with a trainer of its own."""
+        return Chunks(self, stage)
+
+
+class Chunks(Session):
+    """Loads, trains and encodes a cohort K clients at a time."""
+
+    def __init__(self, engine: Batched, stage: Stage) -> None:
+        self._engine, self._stage = engine, stage
+        self._single = OneByOne(stage, engine.skip_failures)
+        size = stage.trainer.spec.size
+        budget = _CACHE_BYTES if stage.trainer.device.type == "cpu" else _DEVICE_BYTES
+        self._at_once = engine.clients_at_once or max(1, budget // (4 * size))
+        try:
+            self._trainer: BatchTrainer | None = engine.trainer(stage)
+        except UnsupportedError as error:
+            self._give_up(error)
+
+    def run(self, assignment: Assignment, cohort: Sequence[int]) -> Iterator[Arrived]:
+        """Yield the replies of one chunk after the other."""
+        work = assignment.work
+        ours = assignment.fingerprint == self._stage.trainer.spec.fingerprint
+        if self._trainer is None or not isinstance(work, TrainWork) or not ours:
+            yield from self._single.run(assignment, cohort)
+            return
+        waiting = list(self._by_size(cohort))
+        while waiting:
+            chunk, waiting = waiting[: self._at_once], waiting[self._at_once :]
+            try:
+                yield from self._chunk(assignment, work, chunk)
+            except UnsupportedError as error:
+                self._give_up(error)
+                yield from self._single.run(assignment, [*chunk, *waiting])
+                return
+            except torch.OutOfMemoryError:
+                if self._at_once == 1:
+                    raise
+                self._at_once = max(1, len(chunk) // 2)
+                self._stage.tell(f"out of memory with {len(chunk)} clients at once; going on with {self._at_once}")
+                waiting = [*chunk, *waiting]
+
+    def _by_size(self, cohort: Sequence[int]) -> Sequence[int]:
+        """Return the cohort with clients of like size together, where sizes are known before loading."""
+        counts = self._stage.population.counts(cohort)
+        if counts is None or len(cohort) <= self._at_once:
+            return cohort
+        return [cohort[place] for place in np.argsort(-counts, kind="stable")]
+
+    def _chunk(self, assignment: Assignment, work: TrainWork, chunk: Sequence[int]) -> Iterator[Arrived]:
+        packed = self._pack(chunk)
+        if packed is None:
+            # A faulty client is named, or skipped, by doing these one by one.
+            yield from self._single.run(assignment, chunk)
+            return
+        assert self._trainer is not None
+        spec, memories = self._stage.trainer.spec, self._memories(assignment, work, chunk)
+        memory = _stacked(memories)
+        purpose = (work.seed, "client", assignment.round)
+        guide = work.pipeline.guide(work.told, memory)
+        update = self._trainer.train(
+            BatchWork(assignment.parameters, packed, work.training, assignment.round, chunk, purpose, guide)
+        )
+        draws = Draws.each([(*purpose, number, "encode") for number in chunk])
+        encoded, after = work.pipeline.encode(update, work.told, memory, draws)
+        finite = _finite_rows(update.values)
+        if finite.all():
+            self._remember(assignment.round, chunk, memories, after)
+            yield self._bulk(assignment, chunk, encoded.outgoing())
+            return
+        for place, number in enumerate(chunk):
+            row = encoded.row(place).outgoing()
+            body: Update | Failure = row
+            if finite[place]:
+                self._remember(assignment.round, [number], [memories[place]], _tree_row(after, place, expand=True))
+            else:
+                body = Failure("diverged", "local training diverged to NaN or infinity; lower the learning rate")
+            yield from self._single_arrival(assignment, number, body, spec.fingerprint)
+
+    def _pack(self, chunk: Sequence[int]) -> Packed | None:
+        stage = self._stage
+        try:
+            packed = stage.population.pack(chunk)
+            if packed is None or not packed.counts.all():
+                return None
+            stage.task.check(packed.examples, "the clients' data")
+        except TaskError:
+            return None
+        return packed
+
+    def _memories(self, assignment: Assignment, work: TrainWork, chunk: Sequence[int]) -> list[State]:
+        fresh = work.pipeline.memory(self._stage.trainer.spec)
+        if not fresh:
+            return [fresh] * len(chunk)
+        kept = (self._stage.memory.get(number) for number in chunk)
+        return [one.entering(assignment.round) if one else fresh for one in kept]
+
+    def _remember(self, number: int, chunk: Sequence[int], before: Sequence[State], after: State) -> None:
+        if not after:
+            return
+        for place, client in enumerate(chunk):
+            self._stage.memory.put(client, Remembered(number, before[place], _tree_row(after, place)))
+
+    def _bulk(self, assignment: Assignment, chunk: Sequence[int], update: Update) -> BulkArrival:
+        faults = self._stage.faults
+        if faults.nan:
+            coins = keyed_coins((self._stage.seed, "fault", assignment.round), chunk)
+            spoilt = torch.from_numpy(coins < faults.drop + faults.late + faults.nan)
+            update = update.replace(values=update.values.masked_fill(spoilt[:, None], float("nan")))
+        one = Reply(assignment.run, assignment.round, int(chunk[0]), assignment.fingerprint, update.row(0))
+        return BulkArrival(chunk, update, reply_to_frame(one).size_bytes * len(chunk))
+
+    def _single_arrival(
+        self, assignment: Assignment, number: int, body: Update | Failure, fingerprint: str
+    ) -> Iterator[Arrived]:
+        arrival = arrival_of(Reply(assignment.run, assignment.round, number, fingerprint, body))
+        return self._stage.faults.disturb(iter([arrival]), assignment.round, self._stage.seed)
+
+    def _give_up(self, error: UnsupportedError) -> None:
+        self._trainer = None
+        self._stage.tell(f"the {self._engine.name} engine cannot do this, so clients train one by one: {error}")
+
+
+def _finite_rows(values: Tensor) -> Tensor:
+    if bool(torch.isfinite(values.sum())):
+        return torch.ones(len(values), dtype=torch.bool)
+    return torch.isfinite(values).all(dim=1)
+
+
+def _stacked(trees: Sequence[State]) -> State:
+    first = trees[0]
+    return {key: _stacked_leaves([tree[key] for tree in trees]) for key in first}
+
+
+def _stacked_leaves(leaves: Sequence[Any]) -> Any:
+    if isinstance(leaves[0], Mapping):
+        return _stacked(leaves)
+    return torch.stack(list(leaves)) if isinstance(leaves[0], Tensor) else leaves[0]
+
+
+def _tree_row(tree: State, place: int, *, expand: bool = False) -> State:
+    at = slice(place, place + 1) if expand else place
+    return {
+        key: _tree_row(leaf, place, expand=expand) if isinstance(leaf, Mapping) else _leaf_row(leaf, at)
+        for key, leaf in tree.items()
+    }
+
+
+def _leaf_row(leaf: Any, at: int | slice) -> Any:
+    return leaf[at].clone() if isinstance(leaf, Tensor) else leaf
+
+
+__all__ = ["Batched", "Chunks"]
