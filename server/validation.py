@@ -46,6 +46,10 @@ class Intake:
             else:
                 self.accept_bulk(arrival)
 
+    def expect(self, clients: Sequence[int]) -> None:
+        """Ask further clients in this exchange."""
+        self._cohort |= frozenset(clients)
+
     def accept_bulk(self, arrival: BulkArrival | GatheredArrival) -> None:
         """Add many clients' replies that came in one piece."""
         raise StrategyError(f"{type(self).__name__} takes single replies, got a {type(arrival).__name__}")

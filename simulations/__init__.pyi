@@ -1,6 +1,7 @@
 from .baseline import train_centrally as train_centrally
 from .channel import SimulationChannel as SimulationChannel
 from .engines.engine import Engine as Engine
+from .engines.processes import Processes as Processes
 from .engines.sequential import Sequential as Sequential
 from .faults import Faults as Faults
 from .flower_grid import LocalGrid as LocalGrid

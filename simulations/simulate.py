@@ -120,7 +120,7 @@ class Simulation:
             trainer=self.trainer,
             population=self.population,
             memory=memory,
-            accumulator=lambda: self.strategy.accumulator(self.trainer.spec),
+            strategy=self.strategy,
             faults=self.faults,
             seed=self.seed,
         )

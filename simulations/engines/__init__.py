@@ -4,6 +4,7 @@ Importing this package makes every engine known by name.
 """
 
 from simulations.engines.engine import Engine
+from simulations.engines.processes import Processes
 from simulations.engines.sequential import Sequential
 
-__all__ = ["Engine", "Sequential"]
+__all__ = ["Engine", "Processes", "Sequential"]

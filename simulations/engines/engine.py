@@ -16,6 +16,7 @@ from fedml_core.named import Named
 from fedml_core.task import Task
 from simulations.faults import Faults
 from simulations.population import Population
+from strategies.strategy import Strategy
 
 _log = logging.getLogger(__name__)
 
@@ -24,18 +25,22 @@ _log = logging.getLogger(__name__)
 class Stage:
     """What an engine works on for a whole run.
 
-    `trainer`: trains one client, in this process. `memory`: what clients remember. `faults`, `seed`: which replies go
-    wrong on purpose. `accumulator`: makes the empty accumulator of one round. `tell`: says something to the user, once.
+    `trainer`: trains one client, in this process. `memory`: what clients remember. `seed`: the run's, which decides
+    which replies `faults` spoil. `tell`: says something to the user.
     """
 
     task: Task = field(repr=False)
+    strategy: Strategy
     trainer: TorchTrainer = field(repr=False)
     population: Population = field(repr=False)
     memory: MemoryStore = field(repr=False)
-    accumulator: Callable[[], Accumulator] = field(repr=False)
     faults: Faults = field(default_factory=Faults)
     seed: int = 0
     tell: Callable[[str], None] = _log.warning
+
+    def accumulator(self) -> Accumulator:
+        """Return the empty accumulator of one round."""
+        return self.strategy.accumulator(self.trainer.spec)
 
 
 class Session(ABC):
