@@ -12,7 +12,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 class Training(BaseModel):
     """Local training of one round. Either `epochs` passes over the client's examples or `steps` batches."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     epochs: int = Field(default=1, ge=1, description="passes over the client's examples")
     steps: int | None = Field(default=None, ge=1, description="batches, instead of epochs")

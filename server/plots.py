@@ -89,6 +89,8 @@ def metric_figures(rounds: Rounds, baseline: Mapping[str, float]) -> list[Figure
     for report in rounds:
         for place, metrics in _mapping(report.get("metrics")).items():
             for name, value in _mapping(metrics).items():
+                if name == "examples":  # what the others are averages over
+                    continue
                 if (number := _number(value)) is not None:
                     curves.setdefault(str(name), {}).setdefault(str(place), {})[report["round"]] = number
     names = [

@@ -8,6 +8,7 @@ from .flower_grid import LocalGrid as LocalGrid
 from .flower_grid import run_flower_apps as run_flower_apps
 from .partition import BalancedDirichlet as BalancedDirichlet
 from .partition import ByKey as ByKey
+from .partition import DataOutline as DataOutline
 from .partition import Dirichlet as Dirichlet
 from .partition import Explicit as Explicit
 from .partition import Iid as Iid

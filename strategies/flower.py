@@ -32,7 +32,7 @@ from fedml_core.errors import ReplyError, RunError, StrategyError
 from fedml_core.model import ModelSpec
 from fedml_core.randomness import seeded
 from fedml_core.transform import Draws, Guide, State
-from fedml_core.update import Update
+from fedml_core.update import Update, flaw_in_name
 from strategies.array_layout import ArrayLayout, NDArray
 from strategies.reported import Metrics, mean_metrics, read_metrics
 from strategies.strategy import Strategy, counted
@@ -158,7 +158,8 @@ class FlowerStrategy(FlowerContract):
         """Return a reply's update, and its number of examples with all its metrics."""
         arrays = {name: _numpy(array) for name, array in _only(content.array_records, "arrays").items()}
         examples, metrics = self._metrics(content)
-        scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        # A name that our reports cannot hold, such as "train/loss", is still in the means that Flower is given.
+        scalars = {n: value for n, value in metrics.items() if isinstance(value, float) and flaw_in_name(n) is None}
         delta = layout.flatten(arrays) - parameters
         return counted(delta, examples, self.strategy.max_weight, scalars), (examples, metrics)
 

@@ -14,8 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
+from torch import nn
 
+from fedml_core.data import Examples
 from fedml_core.errors import ConfigError
+from fedml_core.task import Task
 from simulations import partition_contract, partition_sizes
 from simulations.partition import (
     BalancedDirichlet,
@@ -30,6 +33,8 @@ from simulations.partition import (
     Shards,
     label_counts,
 )
+from simulations.population import partition as pooled
+from simulations.population import site_share
 
 ALPHAS = [5e-324, 1e-9, 0.1, 1.0, 100.0, 1e308]
 DRAWN: list[Partitioner] = [
@@ -587,3 +592,45 @@ def test_a_value_may_be_whatever_else_its_annotation_admits() -> None:
     assert Partitioner.from_config(table) == Wrapping(Shards(), more=(Iid(), Iid()), other=2)
     assert Partitioner.from_config({**table, "other": None}) == Wrapping(Shards(), more=(Iid(), Iid()))
     assert Partitioner.from_config({**table, "other": "iid"}) == Wrapping(Shards(), more=(Iid(), Iid()), other=Iid())
+
+
+def labelled(count: int) -> Examples:
+    return Examples.of(torch.arange(float(count)).reshape(-1, 1), torch.arange(count) % 2)
+
+
+POOLED = Task.classification(model=lambda: nn.Linear(1, 2), classes=2, train_data=lambda: labelled(20))
+
+
+def test_a_site_holds_what_the_simulated_client_of_its_number_does() -> None:
+    table = {"name": "dirichlet", "alpha": 0.5}
+    simulated = pooled(POOLED, Dirichlet(0.5), 4, seed=3, holdout=0.25)
+    for client in range(4):
+        settings = {"client": client, "clients": 4, "partition": table, "seed": 3, "holdout": 0.25}
+        site, expected = site_share(POOLED, settings), simulated.load(client)
+        assert isinstance(site.train, Examples)
+        assert isinstance(expected.train, Examples)
+        assert torch.equal(site.train.inputs[0], expected.train.inputs[0])
+    assert len(site_share(POOLED, {}).train) == 20
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"client": "0"}, "[data] client must be an integer >= 0, got '0'"),
+        ({"client": 4, "clients": 4}, "[data] client must be 0 to 3 for clients = 4, got 4"),
+        ({"clients": 0}, "[data] clients must be an integer >= 1, got 0"),
+        ({"clients": 21}, "21 clients cannot share 20 examples; use at most 20 clients"),
+        ({"seed": 1.5}, "[data] seed must be an integer, got 1.5"),
+        ({"holdout": "half"}, "[data] holdout must be a number, got 'half'"),
+        ({"holdout": 1}, "[data] holdout must be >= 0 and < 1, got 1"),
+        ({"partition": 3}, "[data] partition: the partitioner must be a name, or a table with one such as "),
+        ({"partition": "dirichlet"}, "[data] partition: Dirichlet needs alpha; add it"),
+        ({"partition": {"name": "dirichlet", "alpha": -1}}, "[data] partition: alpha must be a finite number > 0, got"),
+        ({"partitoin": "iid"}, "[data] has no key 'partitoin'; did you mean 'partition'?"),
+    ],
+    ids=str,
+)
+def test_a_site_with_wrong_settings_is_told_which(settings_: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        site_share(POOLED, settings_)
+    assert str(error.value).startswith(message)

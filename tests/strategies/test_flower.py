@@ -232,3 +232,15 @@ def test_no_bytes_of_a_client_raise_anything_but_a_reply_error(data: st.DataObje
         assert isinstance(_numpy(raw(bytes(broken[:cut]))), np.ndarray)
     except ReplyError as error:
         assert error.rule == "malformed"
+
+
+def test_a_metric_whose_name_our_reports_cannot_hold_stops_nothing() -> None:
+    def client(message: Message, context: Context) -> Message:
+        reply = honest(message, context)
+        reply.content.metric_records["metrics"]["train/loss"] = 0.5
+        return reply
+
+    outcome, metrics = one_round(FlowerStrategy(FedAvg()), client)
+    expected, _ = one_round(FlowerStrategy(FedAvg()))
+    assert np.array_equal(vector_of(outcome), vector_of(expected))
+    assert metrics is not None and metrics["train/loss"] == pytest.approx(0.5)
