@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo test check format bench clean
+.PHONY: help env demo test check format clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "env: ready in $(VENV)"
 
 demo: $(STAMP) ## run the small example from end to end
-	@$(BIN)/fedveil simulate examples/digits/run.toml --demo
+	@$(BIN)/fedveil simulate examples/digits/run.toml --central --overwrite
 
 test: $(STAMP) ## run the tests
 	@$(BIN)/python -m pytest
@@ -46,9 +46,6 @@ check: $(STAMP) ## check format, lint and types; changes nothing
 format: $(STAMP) ## format the code and apply the safe fixes
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
-
-bench: $(STAMP) ## measure, and compare with what is written down
-	@$(BIN)/python -m benchmarks
 
 clean: ## remove caches and builds; results in out/ and the environment stay
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -14,9 +14,9 @@ commands = typer.Typer()
 
 _EXAMPLES = """Examples:
 
-[bold]fedveil client site.toml --server 127.0.0.1:8080 --insecure[/bold]  tries it out on this machine
+[bold]fedveil client site.toml --server 127.0.0.1:8443 --insecure[/bold]  tries it out on this machine
 
-[bold]fedveil client site.toml --server fl.example.org:8080 --authority ca.pem[/bold]  for real machines
+[bold]fedveil client site.toml --server fl.example.org:8443 --authority ca.pem[/bold]  for real machines
 
 The server never sends code: it can ask only for what the task on this machine does."""
 

@@ -13,6 +13,7 @@ from fedml_core.errors import FedveilError, RefusalError, ReplyError, TaskError
 from fedml_core.messages import Assignment, Body, EvaluateWork, Evaluation, Failure, Refusal, Reply, TrainWork
 from fedml_core.model import ModelSpec
 from fedml_core.randomness import Key
+from fedml_core.spans import span
 from fedml_core.training import Training
 from fedml_core.transform import Draws, Guide
 from fedml_core.update import Update, all_finite
@@ -93,32 +94,37 @@ class Client:
             return self._reply(assignment, Failure(rule, explain(error)))
 
     def _train(self, assignment: Assignment, work: TrainWork) -> Update:
-        data = self._load().train
+        with span("data"):
+            data = self._load().train
         if len(data) == 0:
             raise TaskError(f"client {self.number} has no examples; give it data or leave it out")
         kept = self._memory.get(self.number)
         memory = kept.entering(assignment.round) if kept else work.pipeline.memory(self._trainer.spec)
         key = (work.seed, "client", assignment.round, self.number)
-        update = self._trainer.train(
-            assignment.parameters,
-            data,
-            work.training,
-            round_number=assignment.round,
-            key=key,
-            guide=work.pipeline.guide(work.told, memory),
-        )
+        with span("compute"):
+            update = self._trainer.train(
+                assignment.parameters,
+                data,
+                work.training,
+                round_number=assignment.round,
+                key=key,
+                guide=work.pipeline.guide(work.told, memory),
+            )
         if not all_finite(update.values):
             raise ReplyError("diverged", "local training diverged to NaN or infinity; lower the learning rate")
-        encoded, after = work.pipeline.encode(update, work.told, memory, Draws.of(*key, "encode"))
+        with span("transforms"):
+            encoded, after = work.pipeline.encode(update, work.told, memory, Draws.of(*key, "encode"))
         if after:
             self._memory.put(self.number, Remembered(assignment.round, memory, after))
         return encoded.outgoing()
 
     def _evaluate(self, assignment: Assignment, work: EvaluateWork) -> Evaluation:
-        data = self._load().test
+        with span("data"):
+            data = self._load().test
         if data is None or len(data) == 0:
             raise ReplyError("no-test-data", f"client {self.number} keeps no examples aside to evaluate on")
-        return Evaluation(self._trainer.evaluate(assignment.parameters, data, work.batch_size))
+        with span("evaluate"):
+            return Evaluation(self._trainer.evaluate(assignment.parameters, data, work.batch_size))
 
     def _reply(self, assignment: Assignment, body: Body) -> Reply:
         return Reply(assignment.run, assignment.round, self.number, self._trainer.spec.fingerprint, body)

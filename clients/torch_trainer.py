@@ -11,6 +11,7 @@ from clients.local_step import LocalStep, Steering
 from clients.optimizers import OptimizerFactory, make_optimizer
 from fedml_core.data import Data
 from fedml_core.devices import gradient_scaler, precision_context, seeded_torch
+from fedml_core.dropout import KeyedDropout, purpose_and_stream
 from fedml_core.errors import StrategyError
 from fedml_core.evaluation import Evaluator
 from fedml_core.forward import Forward, Tally, guarded
@@ -21,7 +22,7 @@ from fedml_core.training import Training
 from fedml_core.transform import Guide
 from fedml_core.update import Update
 
-__all__ = ["OptimizerFactory", "TorchTrainer"]
+__all__ = ["OptimizerFactory", "TorchTrainer", "has_batch_norm"]
 
 _NO_GUIDE = Guide()
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -41,6 +42,7 @@ class TorchTrainer:
         self, task: Task, seed: int = 0, *, device: str = "auto", optimizer: OptimizerFactory | None = None
     ) -> None:
         self._bench = Evaluator(task, seed, device=device)
+        self._dropout = KeyedDropout(self._bench.module)
         self._optimizer = optimizer
         self.spec = self._bench.spec
 
@@ -69,24 +71,28 @@ class TorchTrainer:
         means over all that was processed while the model changed. `facts`: `steps`, and `step_size`, the sum of their
         learning rates (of the optimizer's first group). Divergence is not an error: the update is then not finite.
 
-        Epoch e (from 0) visits the examples in `fedml_core.minibatches.epoch_order(key, e, n)`; dropout and other draws
-        from torch follow `key` too. A model with BatchNorm skips a last batch of one example, unless the client has no
-        other.
+        Epoch e (from 0) visits the examples in `fedml_core.minibatches.epoch_order(key, e, n)`; dropout layers draw
+        as `fedml_core.dropout` says, and other draws from torch follow `key` too. A model with BatchNorm skips a last
+        batch of one example, unless the client has no other.
 
         Raises: TaskError: if the data does not fit the task, or the user's code fails; ConfigError: for an optimizer,
             argument or precision that torch does not know; SpecMismatchError: if `parameters` is not (d,).
         """
         when = f"at round {round_number}"
-        with seeded_torch(seed_of(*key, "train"), self._bench.device):
+        purpose, stream = purpose_and_stream(key)
+        seeded = seeded_torch(seed_of(*key, "train"), self._bench.device, self._bench.threads)
+        with seeded, self._dropout.drawing(purpose):
             source, total = self._bench.source(data, when)
             start = self._bench.load(parameters, when)
             self._bench.module.train()
             tally = Tally(self._bench.device)
             step = self._local_step(training, round_number, self._steering(start, guide, training), tally)
-            orders = training_order(training, key, len(data), skip_single=self._has_batch_norm())
+            orders = training_order(training, key, len(data), skip_single=has_batch_norm(self._bench.module))
             processed = 0
             try:
-                for batch in ordered_batches(source, orders, training.batch_size, self._bench.device):
+                batches = ordered_batches(source, orders, training.batch_size, self._bench.device)
+                for number, batch in enumerate(batches):
+                    self._dropout.at(number, stream)
                     step.take(batch)
                     processed += len(batch[1])
             finally:
@@ -133,8 +139,10 @@ class TorchTrainer:
             for tensor, parameter in zip(self.spec.parameters, parameters, strict=True)
         ]
 
-    def _has_batch_norm(self) -> bool:
-        return any(isinstance(part, _BATCH_NORMS) and part.training for part in self._bench.module.modules())
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Return whether `module` has a BatchNorm that normalises by its batch, which one example alone has not."""
+    return any(isinstance(part, _BATCH_NORMS) and part.training for part in module.modules())
 
 
 def _number(value: float) -> Tensor:

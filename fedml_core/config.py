@@ -141,6 +141,8 @@ class SimulationTable(_Table):
     """What a client's failure does: ends the run, or excludes the client from the round."""
     faults: FaultsTable = FaultsTable()
     """Shares of clients that fail on purpose."""
+    fleet: dict[str, Any] | None = None
+    """The devices to pretend to run on, on a virtual clock: speeds, bandwidths, availability, targets."""
 
 
 class ServerTable(_Table):
@@ -166,7 +168,7 @@ class RunConfig(_File):
     minimum_replies: int = Field(default=1, ge=1)
     """With fewer good replies a round is void and leaves the model unchanged."""
     round_timeout_s: float | None = Field(default=None, gt=0)
-    """Seconds to wait for a round's replies; by default for all of them. A simulation does not wait."""
+    """Seconds to wait for a round's replies; by default for all of them. In a simulation, of its fleet's clock."""
     strategy: NamedTable = Field(default_factory=lambda: {"name": "FedAvg"})
     """How updates become one step; see `fedveil list strategies`."""
     clients: ClientsTable = ClientsTable()

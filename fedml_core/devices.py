@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import nn
 
 from fedml_core.errors import ConfigError
 from fedml_core.training import Precision
 
-__all__ = ["choose_device", "gradient_scaler", "precision_context", "seeded_torch"]
+__all__ = ["choose_device", "fitting_threads", "gradient_scaler", "precision_context", "seeded_torch"]
 
 _turns = itertools.count()
+_SMALL = 1_000_000
+_LARGE_STEPS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 _LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,12 +61,33 @@ def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.Gra
     return torch.amp.GradScaler(device.type) if precision == "float16" else None
 
 
+def fitting_threads(module: nn.Module) -> int | None:
+    """Return how many of the CPU's threads a step of `module` can use: 1 for small dense models, None for all.
+
+    A small model's step is over before a second thread has begun; where several processes share the processors, as
+    sites of a trial fleet do, threads that wait for each other cost many times the work itself.
+    """
+    if any(isinstance(part, _LARGE_STEPS) for part in module.modules()):
+        return None
+    return 1 if sum(parameter.numel() for parameter in module.parameters()) < _SMALL else None
+
+
 @contextmanager
-def seeded_torch(seed: int, device: torch.device) -> Iterator[None]:
+def seeded_torch(seed: int, device: torch.device, threads: int | None = None) -> Iterator[None]:
     """Let torch draw from `seed` inside, on the CPU and on `device`, which is the current one for user code.
 
-    Guarantees: on leaving, also by an exception, torch's random states are what they were.
+    Guarantees: on leaving, also by an exception, torch's random states and number of threads are what they were.
+    Args: threads: how many of the CPU's threads torch uses inside, at most; None leaves it as it is.
     """
+    before = torch.get_num_threads()
+    if threads is not None and threads < before:
+        torch.set_num_threads(threads)
+        try:
+            with seeded_torch(seed, device):
+                yield
+        finally:
+            torch.set_num_threads(before)
+        return
     apple = device.type == "mps"
     current: AbstractContextManager[object] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with current:

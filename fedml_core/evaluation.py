@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedml_core.data import Data, Examples, batch_of
-from fedml_core.devices import choose_device, precision_context, seeded_torch
+from fedml_core.devices import choose_device, fitting_threads, precision_context, seeded_torch
 from fedml_core.errors import ConfigError, TaskError
 from fedml_core.forward import Forward, Tally, guarded
 from fedml_core.minibatches import Fetch, ordered_batches
@@ -43,6 +43,7 @@ class Evaluator:
         self.spec = ModelSpec.of(self.module)
         self._initial = self.spec.flatten(self.module).cpu()
         self.module.to(self.device)
+        self.threads = fitting_threads(self.module)
         self._rest = _Rest.of(self.module, self.spec)
 
     def initial(self) -> Tensor:
@@ -60,7 +61,7 @@ class Evaluator:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be >= 1, got {batch_size}")
         when = "in evaluation"
-        with seeded_torch(seed_of(self._seed, "evaluate"), self.device), torch.no_grad():
+        with seeded_torch(seed_of(self._seed, "evaluate"), self.device, self.threads), torch.no_grad():
             source, total = self.source(data, when)
             self.load(parameters, when)
             self.module.eval()

@@ -26,11 +26,11 @@ Hosts = Annotated[
 _ROSTER = Path("roster.json")
 _EXAMPLES = """Examples:
 
-[bold]fedveil server run.toml --listen 127.0.0.1:8080 --insecure[/bold]  tries it out on this machine
+[bold]fedveil server run.toml --listen 127.0.0.1:8443 --insecure[/bold]  tries it out on this machine
 
-[bold]fedveil server run.toml --listen 0.0.0.0:8080 --tls tls --roster roster.json[/bold]  for real machines
+[bold]fedveil server run.toml --listen 0.0.0.0:8443 --tls tls --roster roster.json[/bold]  for real machines
 
-[bold]fedveil server run.toml --listen 0.0.0.0:8080 --tls tls --roster roster.json --resume[/bold]  after a crash or
+[bold]fedveil server run.toml --listen 0.0.0.0:8443 --tls tls --roster roster.json --resume[/bold]  after a crash or
 Ctrl-C: clients come back by themselves
 
 [bold]fedveil keys --help[/bold] says how certificate and roster are made."""
@@ -102,7 +102,7 @@ def serve(
     run: Annotated[Path, typer.Argument(help="The run.toml, or the folder that holds it.")] = Path("run.toml"),
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where; port 0 takes a free one.")
-    ] = "127.0.0.1:8080",
+    ] = "127.0.0.1:8443",
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no roster, this machine only.")] = False,
     tls: Annotated[Path | None, typer.Option(help="The folder that fedveil keys server made.")] = None,
     certificate: Annotated[Path | None, typer.Option(help="Instead of that folder's server.pem.")] = None,

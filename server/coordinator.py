@@ -11,10 +11,11 @@ from torch import Tensor
 from fedml_core.errors import ConfigError, FedveilError, RunError
 from fedml_core.messages import Assignment, Channel, EvaluateWork, TrainWork, Work, assignment_to_frame
 from fedml_core.model import ModelSpec
+from fedml_core.spans import span
 from fedml_core.transform import Draws, State
 from server.checkpoint import RunState
 from server.plan import Plan
-from server.round import RoundReport
+from server.round import RoundReport, virtual_time
 from server.validation import EvaluationIntake, UpdateIntake, averages
 
 Evaluate = Callable[[Tensor], Mapping[str, float]]
@@ -80,12 +81,15 @@ class Coordinator:
         clients = channel.clients(number)
         cohort = self.plan.sampling.cohort(clients, number, self.plan.seed)
         intake, bytes_down = self._train(channel, cohort, number)
-        parameters, strategy, why = self._step(intake, len(clients), number)
+        with span("server step"):
+            parameters, strategy, why = self._step(intake, len(clients), number)
         metrics = {"train": self._metrics(intake.accumulator.sums)} if intake.accepted else {}
         if self.plan.evaluation.due(number) or final:
-            evaluated, up, down = self._evaluations(channel, clients, parameters, number)
+            with span("evaluate"):
+                evaluated, up, down = self._evaluations(channel, clients, parameters, number)
             metrics.update(evaluated)
             intake.bytes_up, bytes_down = intake.bytes_up + up, bytes_down + down
+        virtual_seconds, virtual_clock = virtual_time(channel)
         report = RoundReport(
             round=number,
             status="void" if why else "ok",
@@ -100,6 +104,8 @@ class Coordinator:
             bytes_down=bytes_down,
             seconds=round(time.perf_counter() - started, 6),
             protection=self.plan.strategy.protection(),
+            virtual_seconds=virtual_seconds,
+            virtual_clock=virtual_clock,
         )
         self.state = self._advance(report, parameters, strategy)
         return report

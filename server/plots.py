@@ -36,6 +36,7 @@ from server.plots_style import (
     plain,
     whole_ticks,
 )
+from server.plots_time import time_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,8 +64,9 @@ def draw_all(
 ) -> list[Path]:
     """Write every plot that the reports hold data for into `folder`, as PNG, and return the files.
 
-    The files are metrics.png (and metrics-2.png, ... beyond 8 metrics), traffic.png, participation.png, epsilon.png
-    and labels.png. Void rounds are shaded. What the reports lack is not drawn. The last report of a round counts.
+    The files are metrics.png (and metrics-2.png, ... beyond 8 metrics), virtual_time.png, traffic.png,
+    participation.png, epsilon.png and labels.png. Void rounds are shaded. What the reports lack is not drawn. The last
+    report of a round counts.
     Names are written in Matplotlib's own `font.family`, which warns of letters that it lacks.
 
     Args: rounds: one mapping for each round, as in the history. baseline: a value for each metric that has one, drawn
@@ -76,6 +78,7 @@ def draw_all(
     figures: dict[str, Figure | None] = {}
     for page, figure in enumerate(metric_figures(reports, _checked_baseline(baseline or {})), start=1):
         figures["metrics.png" if page == 1 else f"metrics-{page}.png"] = figure
+    figures["virtual_time.png"] = time_figure(reports)
     figures["traffic.png"] = traffic_figure(reports)
     figures["participation.png"] = participation_figure(reports)
     figures["epsilon.png"] = epsilon_figure(reports)
@@ -269,9 +272,8 @@ def _checked(rounds: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     for place, report in enumerate(rounds, start=1):
         number = _mapping(report).get("round")
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 10**9:
-            got = repr(number)[:40]
             raise ConfigError(
-                f"report {place} needs a whole number below 10^9 as its round, got {got}; give a run's history"
+                f"report {place} needs a whole number below 10^9 as its round, got {number!r:.40}; give a run's history"
             )
         reports[number] = report
     return [reports[number] for number in sorted(reports)]

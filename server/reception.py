@@ -19,6 +19,7 @@ from fedml_core.handshake import (
     greeting_from_frame,
     greeting_to_frame,
 )
+from fedml_core.identity import Site
 from fedml_core.wire import Frame
 from server.fleet_letters import LinkFailure, NodeInfo
 
@@ -67,7 +68,7 @@ class Reception:
     def __init__(self, link: FleetLink, hello: Hello, say: Say) -> None:
         """Begin with nobody; `say` is told in one line who comes and goes."""
         self._link, self._hello, self._say = link, hello, say
-        self._greeted: dict[str, int] = {}  # greetings under way, and the node of each
+        self._greeted: dict[str, tuple[int, Site | None]] = {}  # greetings under way: the node of each, and its site
         self._notices: set[str] = set()  # refusals under way; nobody waits for an answer
         self._known: set[int] = set()
         self._queue: list[Member] = []  # their number is taken; in order of arrival
@@ -86,7 +87,8 @@ class Reception:
         new = sorted(nodes.keys() - self._known)
         if new:
             self._known.update(new)
-            self._greeted.update(self._link.push(dict.fromkeys(new, greeting_to_frame(self._hello))))
+            sent = self._link.push(dict.fromkeys(new, greeting_to_frame(self._hello)))
+            self._greeted.update({message_id: (node, nodes[node].site) for message_id, node in sent.items()})
 
     def greet_again(self, node: int) -> None:
         """Take the node out of the list and greet it at the next look: its process is not the one that was greeted."""
@@ -97,18 +99,16 @@ class Reception:
         if message_id in self._notices:
             self._notices.remove(message_id)
             return True
-        node = self._greeted.pop(message_id, None)
-        if node is None:
+        if message_id not in self._greeted:
             return False
-        if node in self._known:
-            self._answered(node, back)
+        self._answered(*self._greeted.pop(message_id), back)
         return True
 
-    def _answered(self, node: int, back: Back) -> None:
+    def _answered(self, node: int, site: Site | None, back: Back) -> None:
+        """Judge an introduction; also that of a client which found out first that it cannot take part, and left."""
         if isinstance(back, LinkFailure) and back.reason in ("restarted", "unavailable", "incomplete"):
             self._known.discard(node)  # greeted anew, if it is still there
             return
-        site = info.site if (info := self._link.nodes().get(node)) is not None else None
         who = "a client" if site is None else f"client {site.client_id} ({site.name})"
         try:
             introduced = _introduction(back)
@@ -125,9 +125,11 @@ class Reception:
             self._hello.spec.require_equal(introduced.spec)
         except FedveilError as error:
             self._say(f"{who} cannot take part: {error}")
-            self._notify(node, Refused(f"{error}"))
+            if node in self._known:
+                self._notify(node, Refused(f"{error}"))
         else:
-            self._admit(member)
+            if node in self._known:
+                self._admit(member)
 
     def _admit(self, member: Member) -> None:
         holder = self._members.get(member.number)

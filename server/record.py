@@ -16,6 +16,7 @@ from fedml_core.data import Data
 from fedml_core.errors import ConfigError, RunError
 from fedml_core.messages import Channel
 from fedml_core.model import ModelSpec
+from fedml_core.spans import span
 from fedml_core.storage import write_json
 from fedml_core.task import Task
 from fedml_core.transform import State
@@ -73,7 +74,8 @@ def record_rounds(
         if extra is not None:
             coordinator.state = dataclasses.replace(coordinator.state, extra=extra())
         if folder is not None:
-            folder.record(coordinator.state)
+            with span("record"):
+                folder.record(coordinator.state)
         for callback in callbacks:
             callback(report, coordinator.state)
     return reports

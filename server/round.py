@@ -5,11 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from server.validation import Exclusion
 
 LISTED = 1000
+
+
+@runtime_checkable
+class Clocked(Protocol):
+    """A channel whose time is not that of this machine, such as a simulation's on a described fleet."""
+
+    def virtual_time(self) -> tuple[float | None, float | None]:
+        """Return how long the round has taken so far and how long the whole run, in virtual seconds, or None, None."""
+        ...
+
+
+def virtual_time(channel: object) -> tuple[float | None, float | None]:
+    """Return a channel's virtual time, or None and None where it has none."""
+    return channel.virtual_time() if isinstance(channel, Clocked) else (None, None)
 
 
 @dataclass(frozen=True)
@@ -18,6 +32,7 @@ class RoundReport:
 
     `participants`, `missing`: client numbers (the first 1,000 of each). `metrics`: averages by place: "train" (over the
     participants' own training), "server", "clients". Bytes are message bodies, without the transport's framing.
+    `virtual_seconds`, `virtual_clock`: what the round, and the run up to its end, would take on a simulated fleet.
     """
 
     round: int
@@ -35,6 +50,8 @@ class RoundReport:
     protection: str
     epsilon: float | None = None
     notes: Sequence[str] = field(default_factory=tuple)
+    virtual_seconds: float | None = None
+    virtual_clock: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain values, one line of the history."""

@@ -26,7 +26,7 @@ from server.history import History, RunFolder
 from server.plan import Plan
 from server.record import conclude, coordinator_for, finished, record_rounds, refuse_both, watched
 
-__all__ = ["Access", "Request", "serve_file"]
+__all__ = ["Access", "Request", "RosterFile", "serve_file"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Access:
         """
         host, colon, port = self.listen.rpartition(":")
         if not (colon and host and port.isascii() and port.isdecimal()):
-            raise ConfigError(f"--listen must be HOST:PORT, such as 0.0.0.0:8080, got {self.listen!r}")
+            raise ConfigError(f"--listen must be HOST:PORT, such as 0.0.0.0:8443, got {self.listen!r}")
         return host.removeprefix("[").removesuffix("]"), int(port)
 
 
@@ -114,7 +114,7 @@ def _serve(console: Console, request: Request, config: RunConfig, work: _Work) -
     plan = work.plan
     # The same model on the same device as a simulation of this file, so that both measure alike.
     evaluator = Evaluator(work.task, plan.seed, device=config.simulation.device)
-    roster = None if request.access.roster is None else _RosterFile(request.access.roster)
+    roster = None if request.access.roster is None else RosterFile(request.access.roster)
     with _listen(request.access, roster) as server:
         host, port = server.address
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -156,14 +156,14 @@ def _run(
     return finished(coordinator, reports, folder, clients=len(took_part), engine="fleet")
 
 
-def _listen(access: Access, roster: _RosterFile | None) -> FleetServer:
+def _listen(access: Access, roster: RosterFile | None) -> FleetServer:
     host, port = access.address
     if roster is None:
         return FleetServer(host, port, insecure=True)
     return FleetServer(host, port, tls=access.tls, roster=roster.read())
 
 
-class _RosterFile:
+class RosterFile:
     """The roster as its file says it now: a site that is enrolled or revoked during a run needs no new server."""
 
     def __init__(self, path: Path) -> None:

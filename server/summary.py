@@ -30,7 +30,9 @@ def summary_rows(summary: Mapping[str, Any], reports: Sequence[RoundReport]) -> 
         ("privacy", _privacy(summary)),
         ("time", seconds_text(summary["seconds"])),
     ]
-    return rows
+    if reports and reports[-1].virtual_clock is not None:
+        rows.append(("virtual time", seconds_text(reports[-1].virtual_clock)))
+    return rows + [_target(metric, **found) for metric, found in summary.get("targets", {}).items()]
 
 
 def excluded_by_rule(reports: Sequence[RoundReport]) -> Mapping[str, int]:
@@ -60,6 +62,11 @@ def _replies(summary: Mapping[str, Any], reports: Sequence[RoundReport]) -> str:
         text += f", {summary['missing_replies']} missing"
     rules = ", ".join(f"{rule} {count}" for rule, count in excluded_by_rule(reports).items())
     return f"{text}, {summary['excluded_replies']} excluded ({rules})" if rules else text
+
+
+def _target(metric: str, target: float, round: int | None, virtual_seconds: float | None) -> Row:
+    when = "" if virtual_seconds is None else f", after {seconds_text(virtual_seconds)} of virtual time"
+    return f"{metric} {target:g}", "not reached" if round is None else f"in round {round}{when}"
 
 
 def _privacy(summary: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from fedml_core.accumulate import Accumulator
 from fedml_core.bulk import BulkArrival, GatheredArrival
 from fedml_core.errors import ReplyError, StrategyError
 from fedml_core.messages import Arrival, Arrived, Assignment, Body, Evaluation, Failure, Refusal
+from fedml_core.spans import span
 from fedml_core.update import Update, check_sums
 
 
@@ -114,10 +115,15 @@ class UpdateIntake(Intake):
             raise ReplyError("kind", "an update was asked for, an evaluation came")
         if body.lead:
             raise ReplyError("shape", f"one client's update must be one vector, got {tuple(body.values.shape)}")
-        self.accumulator.add(body)
+        with span("accumulate"):
+            self.accumulator.add(body)
 
     def accept_bulk(self, arrival: BulkArrival | GatheredArrival) -> None:
         """Add K updates at once, or what a worker has added up; of K, exclude those that must not reach a sum."""
+        with span("accumulate"):
+            self._add_bulk(arrival)
+
+    def _add_bulk(self, arrival: BulkArrival | GatheredArrival) -> None:
         if isinstance(arrival, GatheredArrival):
             self._see([*arrival.accepted, *(client for client, _, _ in arrival.excluded)])
             self.accumulator.merge(arrival.accumulator)

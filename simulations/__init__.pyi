@@ -1,9 +1,20 @@
 from .baseline import train_centrally as train_centrally
 from .channel import SimulationChannel as SimulationChannel
+from .engines.auto import Auto as Auto
 from .engines.engine import Engine as Engine
+from .engines.fused import Fused as Fused
 from .engines.processes import Processes as Processes
 from .engines.sequential import Sequential as Sequential
+from .engines.vectorised import Vectorised as Vectorised
 from .faults import Faults as Faults
+from .fleet_availability import Always as Always
+from .fleet_availability import Availability as Availability
+from .fleet_availability import Daily as Daily
+from .fleet_availability import Trace as Trace
+from .fleet_spread import Constant as Constant
+from .fleet_spread import LogNormal as LogNormal
+from .fleet_spread import Spread as Spread
+from .fleet_spread import Tiers as Tiers
 from .flower_grid import LocalGrid as LocalGrid
 from .flower_grid import run_flower_apps as run_flower_apps
 from .partition import BalancedDirichlet as BalancedDirichlet
@@ -23,3 +34,5 @@ from .population import Virtual as Virtual
 from .population import site_share as site_share
 from .simulate import Simulation as Simulation
 from .simulate import simulate as simulate
+from .virtual_time import Fleet as Fleet
+from .virtual_time import VirtualClock as VirtualClock

@@ -95,6 +95,8 @@ def simulate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     central: Annotated[bool, typer.Option("--central", help="Compare with training on the pooled data.")] = False,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the plots.")] = True,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time of each round went.")] = False,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace of it.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -112,6 +114,8 @@ def simulate(
             overwrite=overwrite,
             central=central,
             plots=plots,
+            profile=profile,
+            trace=trace,
         )
         simulate_file(console, request)
 

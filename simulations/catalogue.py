@@ -15,6 +15,8 @@ from fedml_core.weighting import Weighting
 from server.configure import import_strategies
 from server.sampling import Sampling
 from simulations.engines import Engine
+from simulations.fleet_availability import Availability
+from simulations.fleet_spread import Spread
 from simulations.partition import Partitioner
 from strategies.schedules import Schedule
 from strategies.strategy import Strategy
@@ -51,6 +53,8 @@ def catalogue(kind: str | None = None) -> dict[str, list[Entry]]:
         "weightings": Weighting.members,
         "schedules": Schedule.members,
         "transforms": Transform.members,
+        "spreads": Spread.members,
+        "availabilities": Availability.members,
         "engines": {engine.name: engine for engine in Engine.members.values()},  # as reports name them
     }
     if kind is not None and kind not in kinds:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
 from clients.optimizers import make_optimizer
 from fedml_core.config import RunConfig
+from fedml_core.named import construct
 from fedml_core.task import Task
 from server.configure import blaming, plan_from
 from simulations.engines import Engine
 from simulations.faults import Faults
 from simulations.partition import Partitioner
 from simulations.simulate import Simulation
+from simulations.virtual_time import Fleet
 
 __all__ = ["simulation_from"]
 
@@ -27,14 +31,14 @@ def simulation_from(config: RunConfig, task: Task) -> Simulation:
         rule = Partitioner.from_config(config.clients.partition)
     with blaming(config.path, "simulation.faults"):
         faults = Faults(**config.simulation.faults.model_dump())
-    with blaming(config.path, "training"):  # otherwise the first client would find out, after all data is loaded
-        make_optimizer(config.training, 1, [nn.Parameter(torch.zeros(1, 1))])
+    _check_optimizer(config)
     with blaming(config.path, "evaluation.clients"):
         if plan.evaluation.clients is not None:
             plan.evaluation.clients.require(config.clients.count)
     with blaming(config.path, "simulation.engine"):
         skip = config.simulation.on_client_error == "skip"
         engine = Engine.from_config({"skip_failures": skip, **config.simulation.engine})
+    fleet = _fleet_from(config)
     with blaming(config.path, "sampling"):
         return Simulation(
             task,
@@ -49,7 +53,30 @@ def simulation_from(config: RunConfig, task: Task) -> Simulation:
             early_stopping=plan.early_stopping,
             faults=faults,
             engine=engine,
+            fleet=fleet,
             minimum_replies=plan.minimum_replies,
+            round_timeout_s=plan.round_timeout_s,
             seed=plan.seed,
             device=config.simulation.device,
         )
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    """Refuse what the first client would find out only after all data is loaded.
+
+    Plain SGD is not tried: there is nothing to refuse, and torch's first optimizer imports its compiler for most of a
+    second, which engines that train without it never need.
+    """
+    if config.training.optimizer.lower() == "sgd" and not config.training.optimizer_arguments:
+        return
+    with blaming(config.path, "training"):
+        make_optimizer(config.training, 1, [nn.Parameter(torch.zeros(1, 1))])
+
+
+def _fleet_from(config: RunConfig) -> Fleet | None:
+    table = config.simulation.fleet
+    if table is None:
+        return None
+    with blaming(config.path, "simulation.fleet"):
+        fleet: Fleet = construct(Fleet, table)
+        return dataclasses.replace(fleet, availability=fleet.availability.beside(config.folder))

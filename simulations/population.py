@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, overload
 
 import numpy as np
 import torch
@@ -15,11 +16,12 @@ from fedml_core.checks import require_number
 from fedml_core.data import ClientData, Data, Examples, targets_of
 from fedml_core.errors import ConfigError, TaskError
 from fedml_core.named import nearest
-from fedml_core.randomness import seeded
+from fedml_core.randomness import Key, key_bytes, seeded
 from fedml_core.task import Task
 from simulations.packing import Packed
 from simulations.partition import DataOutline, Partitioner
 from simulations.partition_contract import whole
+from simulations.sources.generated import Generated
 
 
 class Population(Protocol):
@@ -42,36 +44,65 @@ class Population(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Virtual:
-    """Clients whose data a function makes or reads when they are sampled; a population of millions costs nothing."""
+Virtual = Generated
+"""The older name of `Generated`."""
 
-    count: int
-    make: Callable[[int], ClientData]
+
+@dataclass(frozen=True)
+class KeyedSubset(Sequence[int]):
+    """`size` of the clients 0 to population - 1, each found when it is asked for: a subset of millions costs nothing.
+
+    Guarantees: as many different clients as `size`, in an order of the key's own; equal fields give equal subsets.
+    Protects nobody: a Feistel network of few rounds over the numbers, as Luby and Rackoff (1988) have it, walked until
+    it stays within them.
+    """
+
+    key: tuple[Key, ...]
+    population: int
+    size: int
+
+    def __post_init__(self) -> None:
+        """Check that there are as many."""
+        if not 0 <= self.size <= self.population:
+            raise ConfigError(f"size must be 0 to {self.population}, got {self.size}")
 
     def __len__(self) -> int:
-        """Return the number of clients."""
-        return self.count
+        """Return the size."""
+        return self.size
 
-    def load(self, client: int) -> ClientData:
-        """Return what the function returns for this client.
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[int]: ...
+    def __getitem__(self, place: int | slice) -> int | list[int]:
+        """Return the client at `place`."""
+        if isinstance(place, slice):
+            return [self[at] for at in range(*place.indices(self.size))]
+        at = place + self.size if place < 0 else place
+        if not 0 <= at < self.size:
+            raise IndexError(f"place {place} is outside a subset of {self.size}")
+        at = self._mixed(at)
+        while at >= self.population:
+            at = self._mixed(at)
+        return at
 
-        Raises: TaskError: if the user's function fails, naming the client.
-        """
-        try:
-            return self.make(client)
-        except Exception as error:
-            raise TaskError(f"client_data({client}) failed: {type(error).__name__}: {error}") from error
+    @cached_property
+    def _rounds(self) -> tuple[int, ...]:
+        key = key_bytes(*self.key, size=8 * _ROUNDS)
+        return tuple(int.from_bytes(key[at : at + 8], "little") for at in range(0, len(key), 8))
 
-    def counts(self, clients: Sequence[int]) -> NDArray[np.int64] | None:
-        """Return None."""
-        return None
+    def _mixed(self, number: int) -> int:
+        """Return the number's image under a permutation of all numbers of twice `half` bits."""
+        half = max(1, ((self.population - 1).bit_length() + 1) // 2)
+        left, right = number >> half, number & ((1 << half) - 1)
+        for key in self._rounds:
+            word = (right + 1) * 0x9E3779B97F4A7C15 + key & _WORD
+            word = (word ^ word >> 32) * 0xD6E8FEB86659FD93 & _WORD
+            left, right = right, left ^ word >> 64 - half
+        return left << half | right
 
-    def pack(self, clients: Sequence[int]) -> Packed | None:
-        """Return the clients' training examples as one, or None if one of them is not in memory as `Examples`."""
-        loaded = [self.load(client).train for client in clients]
-        parts = [part for part in loaded if isinstance(part, Examples)]
-        return Packed.of(parts) if len(parts) == len(loaded) else None
+
+_ROUNDS, _WORD = 6, (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -143,7 +174,7 @@ def partition(task: Task, partitioner: Partitioner, clients: int, *, seed: int, 
 def population_of(task: Task, partitioner: Partitioner, clients: int, *, seed: int, holdout: float = 0.0) -> Population:
     """Return the task's virtual clients if it has them, else its pooled examples shared out."""
     if task.client_data is not None:
-        return Virtual(clients, task.client_data)
+        return Generated(clients, task.client_data)
     return partition(task, partitioner, clients, seed=seed, holdout=holdout)
 
 

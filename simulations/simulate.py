@@ -21,6 +21,7 @@ from server.coordinator import Coordinator
 from server.history import History, RunFolder
 from server.plan import EarlyStopping, EvaluationPlan, Plan
 from server.record import Callback, coordinator_for, finished, record_rounds
+from server.round import RoundReport
 from server.sampling import EveryClient, Sampling
 from simulations.channel import SimulationChannel
 from simulations.engines.engine import Engine, Stage
@@ -29,7 +30,10 @@ from simulations.faults import Faults
 from simulations.partition import Iid
 from simulations.partition_contract import Partitioner
 from simulations.population import Population, population_of
+from simulations.virtual_time import Fleet, VirtualClock, reached, require_same
 from strategies.strategy import Strategy
+
+_CLOCK = "clock"  # where a checkpoint keeps the virtual time, beside the clients' memories
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Simulation:
 
     `clients`: the size of the population. `rounds`: in all, resumed ones included. `partition`: how pooled examples are
     shared out. `holdout`: the share that each client keeps aside. `sampling`: each round's cohort. `device`: "auto",
-    "cpu", "cuda", ... `seed`: of everything that must reproduce.
+    "cpu", "cuda", ... `seed`: of everything that must reproduce. `fleet`: the devices to pretend to run on;
+    `round_timeout_s`: the deadline on their virtual clock. Without a fleet nothing takes time and nobody is late.
     """
 
     task: Task
@@ -53,7 +58,9 @@ class Simulation:
     early_stopping: EarlyStopping | None = None
     faults: Faults = field(default_factory=Faults)
     engine: Engine = field(default_factory=Sequential)
+    fleet: Fleet | None = None
     minimum_replies: int = 1
+    round_timeout_s: float | None = None
     seed: int = 0
     device: str = "auto"
 
@@ -76,6 +83,7 @@ class Simulation:
             sampling=self.sampling,
             seed=self.seed,
             minimum_replies=self.minimum_replies,
+            round_timeout_s=self.round_timeout_s,
             evaluation=self.evaluation,
             early_stopping=self.early_stopping,
         )
@@ -101,18 +109,37 @@ class Simulation:
         """Run it, recording to the folder `out` if there is one, calling each callback after each round."""
         folder = RunFolder(out, self.plan) if out is not None else None
         memory, state = InProcessMemory(), self._state(folder, resume=resume, overwrite=overwrite)
-        memory.restore(state.extra)
+        clock = None if self.fleet is None else VirtualClock(self.fleet, self.population, self.seed)
+        extra = dict(state.extra)
+        time = extra.pop(_CLOCK, {})
+        memory.restore(extra)
+        if clock is None:
+            require_same(time.get("fleet"), None)
+        elif state.round > 0:
+            clock.restore(time)
         coordinator = coordinator_for(self.task, self.plan, state, self.trainer)
         stage = self._stage(memory)
         session = self.engine.open(stage)
         try:
-            channel = SimulationChannel(stage, session)
             reports = record_rounds(
-                coordinator, channel, self.rounds, folder=folder, callbacks=callbacks, extra=memory.to_tree
+                coordinator,
+                SimulationChannel(stage, session, clock),
+                self.rounds,
+                folder=folder,
+                callbacks=callbacks,
+                extra=lambda: {**memory.to_tree(), **({_CLOCK: clock.to_tree()} if clock else {})},
             )
         finally:
             session.close()
-        return finished(coordinator, reports, folder, clients=len(self.population), engine=self.engine.name)
+        facts = {"clients": len(self.population), "engine": self.engine.name, **self._times(clock, reports)}
+        return finished(coordinator, reports, folder, **facts)
+
+    def _times(self, clock: VirtualClock | None, reports: Sequence[RoundReport]) -> dict[str, Any]:
+        """Return what the summary says about virtual time."""
+        if clock is None or self.fleet is None:
+            return {}
+        targets = reached(reports, self.fleet.targets)
+        return {"virtual_seconds": clock.now_s, **({"targets": targets} if targets else {})}
 
     def _stage(self, memory: InProcessMemory) -> Stage:
         return Stage(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +13,18 @@ import torch
 from fedml_core.config import load_run
 from fedml_core.console import Console
 from fedml_core.data import targets_of
-from fedml_core.errors import ConfigError
+from fedml_core.errors import ConfigError, FedveilError
 from fedml_core.loading import load_task
 from fedml_core.task import Task
 from server.history import History
-from server.record import conclude, refuse_both, watched
+from server.record import Callback, conclude, refuse_both, watched
 from server.report import LABELS, write_labels
 from simulations.baseline import passes_of, train_centrally
 from simulations.configure import simulation_from
 from simulations.population import Partitioned
+from simulations.profile import Profile, Profiler
 from simulations.simulate import Simulation
+from simulations.speed_limit import examples_per_s
 
 __all__ = ["Request", "simulate_file"]
 
@@ -33,7 +36,7 @@ class Request:
     """What the command line asks for.
 
     `path`: the run.toml. `overrides`: `key=value` each. `out`: in the place of the file's. `central`: compare with the
-    pooled data.
+    pooled data. `profile`: say where the time went. `trace`: write a Chrome trace of the same to this file.
     """
 
     path: Path
@@ -43,6 +46,8 @@ class Request:
     overwrite: bool = False
     central: bool = False
     plots: bool = True
+    profile: bool = False
+    trace: Path | None = None
 
 
 def simulate_file(console: Console, request: Request) -> None:
@@ -57,14 +62,46 @@ def simulate_file(console: Console, request: Request) -> None:
     simulation = simulation_from(config, task)
     if request.central and (task.train_data is None or task.test_data is None):
         raise ConfigError("--central needs the task's train_data and test_data; give the task both, or leave it out")
-    with watched(console, simulation.rounds, folder, lambda: _again(request)) as progress:
-        history = simulation.run(out=folder, resume=request.resume, overwrite=request.overwrite, callbacks=[progress])
+    profiler = _profiler(simulation, request)
+    with watched(console, simulation.rounds, folder, lambda: _again(request)) as progress, profiler or nullcontext():
+        callbacks: list[Callback] = [progress, *([] if profiler is None else [profiler])]
+        history = simulation.run(out=folder, resume=request.resume, overwrite=request.overwrite, callbacks=callbacks)
     summary = {**history.summary, "stopped_early": len(history.reports) < config.rounds}
     if request.central:
         console.note("training the same model on the pooled data")
         summary["central"] = _central(simulation, task, history)
+    profile = _profile(console, simulation, profiler, request)
+    if profile is not None:
+        summary["profile"] = profile.to_json()
     _keep_labels(simulation, task, folder)
     conclude(console, folder, summary, plots=request.plots, next_step=_next(request, folder))
+    for line in () if profile is None else profile.lines():
+        console.say(line)
+
+
+def _profiler(simulation: Simulation, request: Request) -> Profiler | None:
+    """Return what records the run's spans, if that was asked for; what comes before the first round is done first."""
+    if not request.profile and request.trace is None:
+        return None
+    _ = simulation.population, simulation.trainer
+    return Profiler(simulation.training, trace=request.trace is not None)
+
+
+def _profile(console: Console, simulation: Simulation, profiler: Profiler | None, request: Request) -> Profile | None:
+    """Write the trace and return the profile, where they were asked for."""
+    if profiler is None:
+        return None
+    if request.trace is not None:
+        profiler.write_trace(request.trace)
+        console.note(f"wrote {request.trace}: open it in chrome://tracing or ui.perfetto.dev")
+    if not request.profile:
+        return None
+    try:
+        limit = examples_per_s(simulation.task, simulation.population, device=simulation.device)
+    except FedveilError as error:
+        console.note(f"the machine's limit could not be measured: {error}")
+        return profiler.profile()
+    return profiler.profile(limit)
 
 
 def _again(request: Request) -> list[str]:

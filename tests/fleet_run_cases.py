@@ -27,7 +27,7 @@ from server.checkpoint import FILE_NAME
 from tests.guards import wait_until
 from tests.sources import ROOT
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 TASK = """
 import torch

@@ -3,8 +3,11 @@
 Importing this package makes every engine known by name.
 """
 
+from simulations.engines.auto import Auto
 from simulations.engines.engine import Engine
+from simulations.engines.fused import Fused
 from simulations.engines.processes import Processes
 from simulations.engines.sequential import Sequential
+from simulations.engines.vectorised import Vectorised
 
-__all__ = ["Engine", "Processes", "Sequential"]
+__all__ = ["Auto", "Engine", "Fused", "Processes", "Sequential", "Vectorised"]

@@ -17,6 +17,7 @@ from fedml_core.checks import require_whole
 from fedml_core.errors import TaskError
 from fedml_core.messages import Arrived, Assignment, Failure, Reply, TrainWork, reply_to_frame
 from fedml_core.randomness import keyed_coins
+from fedml_core.spans import span
 from fedml_core.transform import Draws, State
 from fedml_core.update import Update
 from simulations.engines.batch_trainer import BatchTrainer, BatchWork, UnsupportedError
@@ -62,9 +63,7 @@ class Chunks(Session):
     def __init__(self, engine: Batched, stage: Stage) -> None:
         self._engine, self._stage = engine, stage
         self._single = OneByOne(stage, engine.skip_failures)
-        size = stage.trainer.spec.size
-        budget = _CACHE_BYTES if stage.trainer.device.type == "cpu" else _DEVICE_BYTES
-        self._at_once = engine.clients_at_once or max(1, budget // (4 * size))
+        self._at_once = engine.clients_at_once or clients_that_fit(stage)
         try:
             self._trainer: BatchTrainer | None = engine.trainer(stage)
         except UnsupportedError as error:
@@ -101,7 +100,8 @@ class Chunks(Session):
         return [cohort[place] for place in np.argsort(-counts, kind="stable")]
 
     def _chunk(self, assignment: Assignment, work: TrainWork, chunk: Sequence[int]) -> Iterator[Arrived]:
-        packed = self._pack(chunk)
+        with span("data"):
+            packed = self._pack(chunk)
         if packed is None:
             # A faulty client is named, or skipped, by doing these one by one.
             yield from self._single.run(assignment, chunk)
@@ -111,11 +111,13 @@ class Chunks(Session):
         memory = _stacked(memories)
         purpose = (work.seed, "client", assignment.round)
         guide = work.pipeline.guide(work.told, memory)
-        update = self._trainer.train(
-            BatchWork(assignment.parameters, packed, work.training, assignment.round, chunk, purpose, guide)
-        )
+        with span("compute"):
+            update = self._trainer.train(
+                BatchWork(assignment.parameters, packed, work.training, assignment.round, chunk, purpose, guide)
+            )
         draws = Draws.each([(*purpose, number, "encode") for number in chunk])
-        encoded, after = work.pipeline.encode(update, work.told, memory, draws)
+        with span("transforms"):
+            encoded, after = work.pipeline.encode(update, work.told, memory, draws)
         finite = _finite_rows(update.values)
         if finite.all():
             self._remember(assignment.round, chunk, memories, after)
@@ -174,6 +176,12 @@ class Chunks(Session):
         self._stage.tell(f"the {self._engine.name} engine cannot do this, so clients train one by one: {error}")
 
 
+def clients_that_fit(stage: Stage) -> int:
+    """Return how many clients' parameters fit where training them at once is fastest, at least 1."""
+    budget = _CACHE_BYTES if stage.trainer.device.type == "cpu" else _DEVICE_BYTES
+    return max(1, budget // (4 * stage.trainer.spec.size))
+
+
 def _finite_rows(values: Tensor) -> Tensor:
     if bool(torch.isfinite(values.sum())):
         return torch.ones(len(values), dtype=torch.bool)
@@ -203,4 +211,4 @@ def _leaf_row(leaf: Any, at: int | slice) -> Any:
     return leaf[at].clone() if isinstance(leaf, Tensor) else leaf
 
 
-__all__ = ["Batched", "Chunks"]
+__all__ = ["Batched", "Chunks", "clients_that_fit"]

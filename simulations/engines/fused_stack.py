@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +94,7 @@ def stack_of(module: nn.Module) -> Stack:
         graph = fx.Tracer().trace(root)
     except Exception as error:  # whatever the user's code raises when it is given a symbol
         raise UnsupportedError(
-            f"{type(module).__name__}.forward cannot be read as a stack of layers: {type(error).__name__}"
+            f"{type(module).__name__}.forward cannot be read as a stack of layers: {' '.join(str(error).split())}"
         ) from error
     reader = _Reader(root, {tensor.name: tensor for tensor in spec.parameters})
     for node in graph.nodes:
@@ -122,10 +122,10 @@ class _Reader:
     """Follows a traced forward pass, node by node, as long as it is one chain."""
 
     def __init__(self, root: nn.Module, parameters: dict[str, TensorSpec]) -> None:
-        self._root, self._parameters = root, parameters
+        self._root, self._unused = root, parameters
         self._layers: list[Dense] = []
-        self._unused = dict(parameters)
         self._flattens = False
+        self._width: int | None = None
         self._at: fx.Node | None = None
         self._shapes: set[fx.Node] = set()
         self._counts: set[fx.Node] = set()
@@ -153,6 +153,8 @@ class _Reader:
             raise UnsupportedError("the model has no linear layer")
         if self._unused:
             raise UnsupportedError(f"parameter {next(iter(self._unused))} is not used by a linear layer")
+        if self._width not in (None, self._layers[0].inputs):
+            raise UnsupportedError(f"the model's forward views {self._width} features as {self._layers[0].inputs}")
         for before, after in zip(self._layers, self._layers[1:], strict=False):
             if before.outputs != after.inputs:
                 raise UnsupportedError(f"{after.weight.name} takes {after.inputs} features, given {before.outputs}")
@@ -214,13 +216,10 @@ class _Reader:
 
     def _asks_for_shape(self, node: fx.Node) -> bool:
         """Return whether the node only reads the size of the batch, and note it."""
-        if node.target is getattr and node.args == (self._at, "shape"):
+        asked = (node.target, node.args, node.kwargs)
+        if asked in ((getattr, (self._at, "shape"), {}), ("size", (self._at,), {})):
             self._shapes.add(node)
-        elif node.target == "size" and node.args == (self._at,) and not node.kwargs:
-            self._shapes.add(node)
-        elif (node.target == "size" and node.args == (self._at, 0) and not node.kwargs) or (
-            node.target is operator.getitem and node.args[0] in self._shapes and node.args[1] == 0
-        ):
+        elif asked == ("size", (self._at, 0), {}) or asked in [(operator.getitem, (s, 0), {}) for s in self._shapes]:
             self._counts.add(node)
         else:
             return False
@@ -237,12 +236,10 @@ class _Reader:
         # (-1, width) keeps examples apart only where each has `width` numbers: then the first layer must take as many.
         if not (counted and (shape[1] == -1 or width)) and not (shape[0] == -1 and width):
             raise _unknown(node)
-        if width and width != next(iter(self._parameters.values())).shape[-1]:
-            raise _unknown(node)
-        self._flattens = True
+        self._width, self._flattens = width or self._width, True
 
 
-def _bound(node: fx.Node, names: tuple[tuple[str, Any], ...]) -> Iterator[Any] | list[Any]:
+def _bound(node: fx.Node, names: tuple[tuple[str, Any], ...]) -> list[Any]:
     given = dict(zip((name for name, _ in names), node.args[1:], strict=False))
     given.update({_RENAMED.get(name, name): value for name, value in node.kwargs.items()})
     known = {name for name, _ in names}

@@ -17,6 +17,7 @@ from torch import multiprocessing
 from fedml_core.checks import require_whole
 from fedml_core.errors import ConfigError, RunError
 from fedml_core.messages import Arrived, Assignment, TrainWork
+from fedml_core.spans import Recorder, recorder, span
 from simulations.engines.engine import Engine, Session, Stage
 from simulations.engines.sequential import Sequential
 from simulations.engines.worker import Chunk, Done, Failed, Round, work
@@ -112,13 +113,16 @@ class Workers(Session):
         return dataclasses.replace(chunk, memories=kept) if kept else chunk
 
     def _heard(self, busy: set[_Worker]) -> list[_Worker]:
-        ready = wait([worker.connection for worker in busy])
+        with span("workers"):
+            ready = wait([worker.connection for worker in busy])
         return [worker for worker in busy if worker.connection in ready]
 
     def _take(self, message: Done | Failed) -> Iterator[Arrived]:
         if isinstance(message, Failed):
             raise message.error
         if isinstance(message, Done):
+            if message.spans is not None and (ours := recorder()) is not None:
+                ours.absorb(message.spans, len(self._workers))
             for number, remembered in message.memories.items():
                 self._stage.memory.put(number, remembered)
             yield from message.arrivals
@@ -152,7 +156,7 @@ class Workers(Session):
         stage = self._stage
         shown = (stage.task, stage.strategy, stage.population, stage.faults, stage.seed)
         process = self._context.Process(
-            target=work, args=(theirs, self._inner, *shown, str(stage.trainer.device)), daemon=True
+            target=work, args=(theirs, self._inner, *shown, str(stage.trainer.device), _like(recorder())), daemon=True
         )
         try:
             process.start()
@@ -200,6 +204,10 @@ class _Worker:
         self.process.join()
         code: int | None = self.process.exitcode
         return code
+
+
+def _like(ours: Recorder | None) -> Recorder | None:
+    return None if ours is None else Recorder(keep_events=ours.keep_events)
 
 
 def available_processors() -> int:

@@ -15,13 +15,13 @@ from clients.torch_trainer import TorchTrainer
 from fedml_core.bulk import GatheredArrival
 from fedml_core.errors import FedveilError, RunError
 from fedml_core.messages import Arrival, Assignment, TrainWork
+from fedml_core.spans import Recorded, Recorder, recorder, recording
 from fedml_core.task import Task
 from server.validation import UpdateIntake
 from simulations.engines.engine import Engine, Session, Stage
 from simulations.faults import Faults
 from simulations.population import Population
 from strategies.strategy import Strategy
-
 
 _LOOK_S = 2.0  # between looks at whether the parent still lives
 
@@ -43,11 +43,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Done:
-    """A chunk is done: evaluations, new memories, and what the engine had to tell."""
+    """A chunk is done: evaluations, new memories, what the engine had to tell, and where the time went."""
 
     arrivals: Sequence[Arrival]
     memories: Mapping[int, Remembered] = field(repr=False)
     told: Sequence[str] = ()
+    spans: Recorded | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ def work(
     faults: Faults,
     seed: int,
     device: str,
+    spans: Recorder | None,
 ) -> None:
-    """Do chunks until the pipe closes."""
+    """Do chunks until the pipe closes; `spans`, a recorder that has recorded nothing, says where the time goes."""
     # Ctrl-C reaches the whole group; the parent decides what it means, and closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -93,7 +95,8 @@ def work(
     stage = Stage(task, strategy, trainer, population, memory, faults, seed, told.append)
     session = engine.open(stage)
     try:
-        _serve(connection, session, stage, memory, told)
+        with recording(spans):
+            _serve(connection, session, stage, memory, told)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     finally:
@@ -144,7 +147,8 @@ def _done(
         return Failed(error)
     except Exception as error:  # noqa: BLE001 - a bug of ours or a fault of torch must not pass for a dead worker
         return Failed(RunError(f"a worker failed: {type(error).__name__}: {error}"))
-    done = Done(arrivals, dict(memory.new), tuple(told))
+    spans = recorder()
+    done = Done(arrivals, dict(memory.new), tuple(told), None if spans is None else spans.drain())
     memory.new.clear()
     told.clear()
     return done

@@ -94,3 +94,17 @@ def test_a_gpu_draws_dropout_from_the_key() -> None:
     assert torch.allclose(one.values, two.values, atol=1e-6)
     other = trained(TorchTrainer(task, device="cuda"), labelled(), key=(2,))
     assert not torch.allclose(one.values, other.values, atol=1e-3)
+
+
+def test_small_dense_models_take_one_thread_and_give_the_others_back() -> None:
+    assert devices.fitting_threads(nn.Linear(100, 100)) == 1
+    assert devices.fitting_threads(nn.Linear(1000, 1001)) is None
+    assert devices.fitting_threads(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten())) is None
+    torch.set_num_threads(2)
+    with pytest.raises(KeyError), devices.seeded_torch(0, torch.device("cpu"), 1):
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == 2
+    with devices.seeded_torch(0, torch.device("cpu")):
+        assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)

@@ -1,0 +1,200 @@
+"""Trains K clients side by side: one vectorised forward pass, one backward pass, one optimizer step for all of them.
+
+The clients share no parameter, so the gradient of the sum of their losses is each client's own gradient: `torch.vmap`
+is needed for the forward pass only, and losses and metrics that treat examples one by one see K batches as one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from clients.optimizers import OptimizerFactory, make_optimizer
+from clients.torch_trainer import has_batch_norm
+from fedml_core.data import Examples
+from fedml_core.devices import seeded_torch
+from fedml_core.errors import ConfigError, SpecMismatchError, StrategyError, TaskError
+from fedml_core.evaluation import Evaluator
+from fedml_core.randomness import seed_of
+from fedml_core.task import Task
+from fedml_core.update import Update
+from simulations.engines.batch_coupling import Coupling, coupling
+from simulations.engines.batch_plan import Batches, Group, Plan, Step
+from simulations.engines.batch_tally import BatchTally
+from simulations.engines.batch_trainer import BatchWork, UnsupportedError
+from simulations.engines.batched_model import BatchedModel, explained
+from simulations.engines.batched_state import BatchedState, Steering
+from simulations.engines.functional_optimizers import FunctionalOptimizer, functional
+from simulations.packing import visits
+
+__all__ = ["VmapTrainer"]
+
+# What the caller must know as it is; any other failure is the work's, and shows again client by client.
+_OWN_ERRORS = (UnsupportedError, torch.OutOfMemoryError, ConfigError, SpecMismatchError, StrategyError)
+
+
+class VmapTrainer:
+    """A `BatchTrainer` for any model that `torch.vmap` can run. One trainer serves one thread at a time.
+
+    Args: as `clients.torch_trainer.TorchTrainer`.
+    Raises: TaskError, ConfigError: as there; UnsupportedError: for a model that is not float32.
+    """
+
+    def __init__(
+        self, task: Task, seed: int = 0, *, device: str = "auto", optimizer: OptimizerFactory | None = None
+    ) -> None:
+        self._bench = Evaluator(task, seed, device=device)
+        self._model = BatchedModel(self._bench)
+        self._optimizer = optimizer
+        self._coupling: Coupling | None = None
+        self._blocks: list[Tensor] | None = None
+        self.spec = self._bench.spec
+
+    def initial(self) -> Tensor:
+        """Return the built model as a new float32 vector of shape (d,) on the CPU."""
+        return self._bench.initial()
+
+    def train(self, work: BatchWork) -> Update:
+        """Return the K updates, on the CPU, in the order of `work.clients`.
+
+        Raises: UnsupportedError: if this trainer cannot do the work, naming the layer or setting, or if a client's data
+            or the user's code fails, which training one by one explains better; ConfigError, SpecMismatchError: as
+            `TorchTrainer.train`; StrategyError: for a guide of another shape.
+        """
+        if work.training.precision != "float32":
+            raise UnsupportedError(f"precision {work.training.precision} is not for clients side by side; use float32")
+        device = self._bench.device
+        try:
+            with seeded_torch(seed_of(*work.purpose, "train"), device), self._model.running(work.purpose):
+                return self._train(work, f"at round {work.round}")
+        except _OWN_ERRORS:
+            raise
+        except Exception as error:
+            raise explained(error, self._model, "the loss, a metric or the backward pass") from error
+
+    def _train(self, work: BatchWork, when: str) -> Update:
+        examples, device = work.packed.examples.to(self._bench.device), self._bench.device
+        start = self._bench.load(work.parameters, when)
+        named = dict(self._bench.module.named_parameters())
+        trainable = [named[tensor.name] for tensor in self.spec.parameters]
+        optimizer = functional(make_optimizer(work.training, work.round, trainable, self._optimizer))
+        coupled = self._coupled(work, examples, when)
+        self._model.begin()
+        grouped = coupled.model or coupled.loss
+        single = has_batch_norm(self._bench.module)
+        visited = visits(work.packed, work.training, work.purpose, work.clients, skip_single=single)
+        plan = Plan.of(work.packed, visited, grouped=grouped, device=device)
+        if not bool((plan.totals > 0).all()):
+            raise UnsupportedError("a client has no examples that count; clients side by side need some each")
+        order = torch.from_numpy(plan.order).to(device)
+        steering = Steering.of(work.guide, self.spec, start, order, work.training.max_gradient_norm)
+        state = BatchedState(self.spec, start, len(order), self._blocks)
+        self._blocks = state.blocks
+        tally = BatchTally(plan)
+        streams = torch.as_tensor(work.clients, dtype=torch.int64).to(device)[order]
+        run = _Run(self._model, self._bench.task, plan, state, tally, streams, coupled)
+        for step, batches in plan.batches(examples):
+            run.take(step, batches, optimizer, steering)
+        return _update(state.moved(order).cpu(), plan, tally, optimizer.rate)
+
+    def _coupled(self, work: BatchWork, examples: Examples, when: str) -> Coupling:
+        if self._coupling is not None:
+            return self._coupling
+        found = coupling(self._bench.task, self._model.single, examples, work.training.batch_size)
+        self._bench.load(work.parameters, when)
+        if len(examples) > 1:
+            self._coupling = found
+        return found
+
+
+class _Run:
+    """The steps of one chunk."""
+
+    def __init__(
+        self,
+        model: BatchedModel,
+        task: Task,
+        plan: Plan,
+        state: BatchedState,
+        tally: BatchTally,
+        streams: Tensor,
+        coupled: Coupling,
+    ) -> None:
+        self._model, self._plan, self._state, self._tally, self._streams = model, plan, state, tally, streams
+        self._loss, self._metrics = task.loss, dict(task.metrics)
+        self._together = not coupled.loss
+
+    def take(self, step: Step, batches: Batches, optimizer: FunctionalOptimizer, steering: Steering) -> None:
+        """Take one step of all clients that still train."""
+        self._model.begin_step(step.number)
+        tensors = self._state.tensors(step.active)
+        if len(step.groups) == 1:
+            gradients: list[Tensor | None] = list(self._gradients(step, step.groups[0], tensors, batches))
+        else:
+            gradients = [None] * self._model.parameters
+            for group in step.groups:
+                parts = self._state.parts(step.active, group.places)
+                found = self._gradients(step, group, parts, batches)
+                self._state.put_back(group.places, parts)
+                for place, gradient in enumerate(found):
+                    if gradient is not None:
+                        whole = gradients[place]
+                        if whole is None:
+                            whole = gradients[place] = torch.zeros_like(tensors[place])
+                        whole[group.places] = gradient
+        self._state.step(optimizer, steering, gradients, step.number + 1)
+
+    def _gradients(
+        self, step: Step, group: Group, tensors: list[Tensor], batches: Batches
+    ) -> tuple[Tensor | None, ...]:
+        places, count = group.places, group.count
+        if group.whole:
+            places = slice(0, step.active)
+        rows = slice(step.first, step.first + step.active)
+        inputs = [column[places, :count] for column in batches.inputs]
+        targets = batches.targets[places, :count]
+        shares = self._plan.shares[rows][places, :count]
+        outputs = self._model(tensors, inputs, self._streams[: step.active][places])
+        call = self._call_together if self._together else self._call_apart
+        losses = call(self._loss, outputs, targets, "the task's loss")
+        if losses.dim() == 1:
+            shares = torch.ones_like(losses)
+            if self._plan.weighted:
+                raise TaskError("a scalar loss cannot weigh its examples")
+        gradients = torch.autograd.grad(losses, tensors[: self._model.parameters], shares, allow_unused=True)
+        with torch.no_grad():
+            self._tally.add("loss", step, places, losses.detach(), count)
+            for name, metric in self._metrics.items():
+                values = call(metric, outputs, targets, f"the task's metric {name}")
+                self._tally.add(name, step, places, values.detach(), count)
+        return gradients
+
+    @staticmethod
+    def _call_together(call: Any, outputs: Any, targets: Tensor, what: str) -> Tensor:
+        """Return (m, B) values of examples that know nothing of each other: of one large batch."""
+        shape = targets.shape[:2]
+        values = call(tree_map(lambda leaf: leaf.flatten(0, 1), outputs), targets.flatten(0, 1))
+        if not isinstance(values, Tensor) or values.shape != (shape.numel(),):
+            raise TaskError(f"{what} must return one value an example")
+        return values.view(shape)
+
+    @staticmethod
+    def _call_apart(call: Any, outputs: Any, targets: Tensor, what: str) -> Tensor:
+        """Return (m, B) values, or (m,) for a whole batch each."""
+        values = torch.vmap(call, randomness="error")(outputs, targets)
+        if values.shape not in (targets.shape[:1], targets.shape[:2]):
+            raise TaskError(f"{what} must return one value an example, or one")
+        return values  # type: ignore[no-any-return]  # vmap forgets the type
+
+
+def _update(values: Tensor, plan: Plan, tally: BatchTally, rate: float) -> Update:
+    back = torch.empty(len(plan.order), dtype=torch.int64)
+    back[torch.from_numpy(plan.order)] = torch.arange(len(plan.order))
+    steps = plan.steps_taken.double()
+    facts = {"steps": steps[back], "step_size": (steps * rate)[back]}
+    sums = {"examples": plan.totals, **tally.sums()}
+    ones = torch.ones(len(values), dtype=torch.float64)
+    return Update(values, ones, {name: column[back] for name, column in sums.items()}, facts)
