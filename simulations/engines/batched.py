@@ -64,10 +64,12 @@ class Chunks(Session):
         self._engine, self._stage = engine, stage
         self._single = OneByOne(stage, engine.skip_failures)
         self._at_once = engine.clients_at_once or clients_that_fit(stage)
+        self._works, self._told = False, set[str]()
+        self._trainer: BatchTrainer | None = None
         try:
-            self._trainer: BatchTrainer | None = engine.trainer(stage)
+            self._trainer = engine.trainer(stage)
         except UnsupportedError as error:
-            self._give_up(error)
+            self._refuse(error)
 
     def run(self, assignment: Assignment, cohort: Sequence[int]) -> Iterator[Arrived]:
         """Yield the replies of one chunk after the other."""
@@ -82,9 +84,10 @@ class Chunks(Session):
             try:
                 yield from self._chunk(assignment, work, chunk)
             except UnsupportedError as error:
-                self._give_up(error)
-                yield from self._single.run(assignment, [*chunk, *waiting])
-                return
+                self._refuse(error)
+                if self._trainer is None:
+                    chunk, waiting = [*chunk, *waiting], []
+                yield from self._single.run(assignment, chunk)
             except torch.OutOfMemoryError:
                 if self._at_once == 1:
                     raise
@@ -115,6 +118,7 @@ class Chunks(Session):
             update = self._trainer.train(
                 BatchWork(assignment.parameters, packed, work.training, assignment.round, chunk, purpose, guide)
             )
+        self._works = True
         draws = Draws.each([(*purpose, number, "encode") for number in chunk])
         with span("transforms"):
             encoded, after = work.pipeline.encode(update, work.told, memory, draws)
@@ -171,9 +175,14 @@ class Chunks(Session):
         arrival = arrival_of(Reply(assignment.run, assignment.round, number, fingerprint, body))
         return self._stage.faults.disturb(iter([arrival]), assignment.round, self._stage.seed)
 
-    def _give_up(self, error: UnsupportedError) -> None:
-        self._trainer = None
-        self._stage.tell(f"the {self._engine.name} engine cannot do this, so clients train one by one: {error}")
+    def _refuse(self, error: UnsupportedError) -> None:
+        """Say once what cannot be done: for the whole run, unless other clients of it could be trained together."""
+        whose = "some clients train" if self._works else "clients train"
+        if not self._works:
+            self._trainer = None
+        if (line := f"the {self._engine.name} engine cannot do this, so {whose} one by one: {error}") not in self._told:
+            self._told.add(line)
+            self._stage.tell(line)
 
 
 def clients_that_fit(stage: Stage) -> int:

@@ -17,7 +17,7 @@ from fedml_core import ClientData, Examples, Guide, Task, Training, Update
 from fedml_core.compression import StochasticQuantize
 from fedml_core.errors import ConfigError, TaskError
 from server import EvaluationPlan, EveryClient, History
-from simulations import Faults, QuantitySkew, simulate
+from simulations import Faults, Iid, QuantitySkew, simulate
 from simulations.engines.batch_trainer import BatchTrainer, BatchWork, UnsupportedError
 from simulations.engines.batched import Batched
 from simulations.engines.engine import Stage
@@ -124,6 +124,22 @@ def test_what_the_trainer_cannot_do_is_done_one_by_one_and_said_once(caplog: pyt
     same(simulate(TASK, FedAvg(), **SETTINGS), history)
     said = [record.message for record in caplog.records if "layer 0 (Odd) draws at random" in record.message]
     assert len(said) == 1 and "the loop engine cannot do this" in said[0]
+
+
+def test_one_odd_chunk_is_done_one_by_one_and_the_others_together(caplog: pytest.LogCaptureFixture) -> None:
+    chunks: list[int] = []
+
+    def refuse_client_five(work: BatchWork) -> None:
+        if 5 in work.clients:
+            raise UnsupportedError("a client's examples all weigh 0")
+        chunks.append(len(work.clients))
+
+    settings = {**SETTINGS, "faults": Faults(), "partition": Iid()}
+    with caplog.at_level(logging.WARNING):
+        history = simulate(TASK, FedAvg(), engine=LoopEngine(before=refuse_client_five, clients_at_once=4), **settings)
+    same(simulate(TASK, FedAvg(), **settings), history)
+    assert chunks == [4, 4] * 3
+    assert len([r for r in caplog.records if "so some clients train one by one" in r.message]) == 1
 
 
 def test_out_of_memory_halves_the_chunk_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
