@@ -7,7 +7,6 @@ With `--json` the last line of stdout is one JSON object and nothing else is on 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import traceback
@@ -20,6 +19,7 @@ import typer
 
 from fedml_core.errors import FedveilError
 from fedml_core.loading import place_in_task
+from fedml_core.strict_json import json_value
 
 __all__ = ["AsJson", "Console", "Debug", "Quiet", "command"]
 
@@ -66,7 +66,7 @@ class Console:
     def result(self, value: Mapping[str, Any]) -> None:
         """Give scripts the result, if they asked for it; NaN and infinities become null, which JSON can hold."""
         if self.as_json:
-            typer.echo(json.dumps(_plain(value), separators=(", ", ": ")))
+            typer.echo(json.dumps(json_value(value), separators=(", ", ": ")))
 
     def failed(self, kind: str, message: str, code: int) -> typer.Exit:
         """Say what went wrong and return the exit to raise."""
@@ -113,13 +113,3 @@ def _explained(error: Exception) -> tuple[str, str, int]:
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     line = f"this is a bug in fedveil: {kind}: {said}{place}; run it again with --debug and report what it shows"
     return kind, line, 1
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

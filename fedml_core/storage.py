@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save as _save_tensors
 
 from fedml_core.errors import CheckpointError
+from fedml_core.strict_json import json_text
 from fedml_core.wire import Frame, Tree, from_frame, to_frame
 
 _FORMAT = "fedveil/1"
@@ -71,7 +71,7 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_atomically(path, (json_text(value, indent=2) + "\n").encode())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from fedml_core.spans import span
 from fedml_core.transform import Draws, State
 from server.checkpoint import RunState
 from server.plan import Plan
-from server.round import RoundReport, virtual_time
+from server.round import LISTED, RoundReport, virtual_time
 from server.validation import EvaluationIntake, UpdateIntake, averages
 
 Evaluate = Callable[[Tensor], Mapping[str, float]]
@@ -77,8 +78,9 @@ class Coordinator:
         return rule is not None and self.state.stale >= rule.patience
 
     def _round(self, channel: Channel, final: bool) -> RoundReport:
-        started, number = time.perf_counter(), self.state.round + 1
-        clients = channel.clients(number)
+        number = self.state.round + 1
+        clients = channel.clients(number)  # which may wait for some to come: no part of the round's time
+        started = time.perf_counter()
         cohort = self.plan.sampling.cohort(clients, number, self.plan.seed)
         intake, bytes_down = self._train(channel, cohort, number)
         with span("server step"):
@@ -86,9 +88,9 @@ class Coordinator:
         metrics = {"train": self._metrics(intake.accumulator.sums)} if intake.accepted else {}
         if self.plan.evaluation.due(number) or final:
             with span("evaluate"):
-                evaluated, up, down = self._evaluations(channel, clients, parameters, number)
-            metrics.update(evaluated)
-            intake.bytes_up, bytes_down = intake.bytes_up + up, bytes_down + down
+                evaluated = self._evaluations(channel, clients, parameters, number)
+        else:
+            evaluated = _Evaluated({})
         virtual_seconds, virtual_clock = virtual_time(channel)
         report = RoundReport(
             round=number,
@@ -99,13 +101,14 @@ class Coordinator:
             participants=sorted(intake.accepted),
             missing=intake.missing,
             excluded=tuple(sorted(intake.excluded, key=lambda row: (row.client, row.rule))),
-            metrics=metrics,
-            bytes_up=intake.bytes_up,
-            bytes_down=bytes_down,
+            metrics={**metrics, **evaluated.metrics},
+            bytes_up=intake.bytes_up + evaluated.bytes_up,
+            bytes_down=bytes_down + evaluated.bytes_down,
             seconds=round(time.perf_counter() - started, 6),
             protection=self.plan.strategy.protection(),
             virtual_seconds=virtual_seconds,
             virtual_clock=virtual_clock,
+            notes=evaluated.notes,
         )
         self.state = self._advance(report, parameters, strategy)
         return report
@@ -133,21 +136,22 @@ class Coordinator:
             return *unchanged, str(error)
         return *step, ""
 
-    def _evaluations(
-        self, channel: Channel, clients: Sequence[int], parameters: Tensor, number: int
-    ) -> tuple[dict[str, Mapping[str, float]], int, int]:
+    def _evaluations(self, channel: Channel, clients: Sequence[int], parameters: Tensor, number: int) -> _Evaluated:
         plan, metrics = self.plan.evaluation, {}
         if plan.server and self._evaluate is not None:
             metrics["server"] = self._metrics(self._evaluate(parameters))
         if plan.clients is None:
-            return metrics, 0, 0
+            return _Evaluated(metrics)
         cohort = plan.clients.cohort(clients, -number, self.plan.seed)
         assignment = self._assignment(number, parameters, EvaluateWork(plan.batch_size))
         intake = EvaluationIntake(assignment, cohort)
         down = _exchange(channel, assignment, intake, cohort, self.plan.round_timeout_s)
         if intake.accepted:
             metrics["clients"] = self._metrics(intake.sums)
-        return metrics, intake.bytes_up, down
+        notes = [
+            f"client {row.client}'s evaluation does not count ({row.rule}): {row.reason}" for row in intake.excluded
+        ]
+        return _Evaluated(metrics, intake.bytes_up, down, tuple(notes[:LISTED]))
 
     def _metrics(self, sums: Mapping[str, float]) -> Mapping[str, float]:
         means = averages(sums)
@@ -171,6 +175,16 @@ class Coordinator:
             stale=stale,
             report=report.to_json(),
         )
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """What evaluating after a round gave, and what it cost."""
+
+    metrics: Mapping[str, Mapping[str, float]]
+    bytes_up: int = 0
+    bytes_down: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def _exchange(

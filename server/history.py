@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedml_core.errors import ConfigError
 from fedml_core.model import ModelSpec
 from fedml_core.storage import write_json
+from fedml_core.strict_json import json_text
 from server.checkpoint import FILE_NAME, RunState, load_checkpoint, save_checkpoint
 from server.plan import Plan
 from server.round import RoundReport
@@ -144,7 +145,7 @@ def summarise(reports: Sequence[RoundReport], **facts: Any) -> dict[str, Any]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, separators=(",", ":")) + "\n"
+    return json_text(row) + "\n"
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:

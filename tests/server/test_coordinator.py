@@ -264,3 +264,14 @@ def test_a_checkpoint_of_another_plan_or_model_is_refused_with_the_difference(tm
         load_checkpoint(tmp_path, Plan(FedAdam()), fingerprint)
     with pytest.raises(CheckpointError, match=f"of model {fingerprint}, the task's model is now ffff"):
         load_checkpoint(tmp_path, plan, "ffff")
+
+
+def test_an_evaluation_that_does_not_count_is_noted_with_its_client() -> None:
+    def refuse_evaluations(reply: Reply) -> Reply:
+        return reply if isinstance(reply.body, Update) else dataclasses.replace(reply, body=Failure("disk", "gone"))
+
+    channel = PullChannel(3, SIZE, {1: refuse_evaluations})
+    plan = Plan(FedAvg(), evaluation=EvaluationPlan(clients=EveryClient()))
+    report = next(coordinator_of(plan, channel).rounds(channel, 1))
+    assert report.excluded == () and report.notes == ("client 1's evaluation does not count (disk): gone",)
+    assert report.metrics["clients"]["examples"] == 4

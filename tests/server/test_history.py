@@ -13,6 +13,7 @@ from server.checkpoint import FILE_NAME, RunState
 from server.coordinator import Coordinator
 from server.history import HISTORY, RunFolder, read_history, summarise
 from server.plan import Plan
+from server.round import RoundReport
 from strategies import FedAvg
 from tests.doubles import PullChannel
 
@@ -101,3 +102,24 @@ def test_a_summary_adds_up_the_rounds(tmp_path: Path) -> None:
     assert summary["bytes_up"] == sum(report.bytes_up for report in reports) > 0
     assert summary["epsilon"] is None and summary["protection"] == "none"
     assert summary["metrics"]["train"]["examples"] == 6
+
+
+def test_a_history_is_strict_json_even_where_a_metric_diverged(tmp_path: Path) -> None:
+    channel = PullChannel(2, SIZE)
+    recorder = RunFolder(tmp_path, PLAN)
+    spec = channel.trainer.spec
+    state = recorder.begin(
+        lambda: Coordinator.begin(PLAN, spec, torch.zeros(SIZE), "run"), spec, resume=False, overwrite=False
+    )
+    coordinator = Coordinator(PLAN, spec, state, evaluate=lambda _: {"examples": 1.0, "loss": float("nan")})
+    next(coordinator.rounds(channel, 2))
+    recorder.record(coordinator.state)
+    recorder.finish(summarise([RoundReport.from_json(coordinator.state.report or {})]))
+
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} is no JSON")
+
+    line = json.loads((tmp_path / HISTORY).read_text(), parse_constant=refuse)
+    assert line["metrics"]["server"]["loss"] is None
+    json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert read_history(tmp_path)[0].metric("server.loss") is None
