@@ -50,7 +50,7 @@ Virtual = Generated
 
 @dataclass(frozen=True)
 class KeyedSubset(Sequence[int]):
-    """`size` of the clients 0 to population - 1, each found when it is asked for: a subset of millions costs nothing.
+    """`size` of some clients, each found when it is asked for, so that a subset of millions costs nothing.
 
     Guarantees: as many different clients as `size`, in an order of the key's own; equal fields give equal subsets.
     Protects nobody: a Feistel network of few rounds over the numbers, as Luby and Rackoff (1988) have it, walked until
@@ -58,13 +58,13 @@ class KeyedSubset(Sequence[int]):
     """
 
     key: tuple[Key, ...]
-    population: int
+    clients: Sequence[int] = field(repr=False)
     size: int
 
     def __post_init__(self) -> None:
         """Check that there are as many."""
-        if not 0 <= self.size <= self.population:
-            raise ConfigError(f"size must be 0 to {self.population}, got {self.size}")
+        if not 0 <= self.size <= len(self.clients):
+            raise ConfigError(f"size must be 0 to {len(self.clients)}, got {self.size}")
 
     def __len__(self) -> int:
         """Return the size."""
@@ -82,9 +82,9 @@ class KeyedSubset(Sequence[int]):
         if not 0 <= at < self.size:
             raise IndexError(f"place {place} is outside a subset of {self.size}")
         at = self._mixed(at)
-        while at >= self.population:
+        while at >= len(self.clients):
             at = self._mixed(at)
-        return at
+        return self.clients[at]
 
     @cached_property
     def _rounds(self) -> tuple[int, ...]:
@@ -93,7 +93,7 @@ class KeyedSubset(Sequence[int]):
 
     def _mixed(self, number: int) -> int:
         """Return the number's image under a permutation of all numbers of twice `half` bits."""
-        half = max(1, ((self.population - 1).bit_length() + 1) // 2)
+        half = max(1, ((len(self.clients) - 1).bit_length() + 1) // 2)
         left, right = number >> half, number & ((1 << half) - 1)
         for key in self._rounds:
             word = (right + 1) * 0x9E3779B97F4A7C15 + key & _WORD

@@ -40,8 +40,8 @@ def test_help_imports_nothing_that_computes() -> None:
     heavy = {"torch", "numpy", "pydantic", "flwr", "sklearn", "matplotlib", "opacus", "cryptography", "grpc", "asyncio"}
     assert not packages(found) & heavy
     assert "typer" in packages(found)
-    # 250 on Python 3.11: half of them draw the help. Each package more would be seen by whoever types it.
-    assert len(found) < 400
+    # About 370 on Python 3.11, most of which draw the help: a package more would be felt by whoever types it.
+    assert len(found) < 450
 
 
 def test_help_of_simulate_imports_nothing_that_computes() -> None:
@@ -58,7 +58,6 @@ def test_a_simulation_imports_nothing_that_it_does_not_use(tmp_path: Path) -> No
 
 
 def test_reading_a_run_file_does_not_wake_torchs_compiler(tmp_path: Path) -> None:
-    task = "optimizers must not be built before a client trains"
     code = (
         "import sys; from pathlib import Path; from fedml_core.config import load_run; "
         "from fedml_core.loading import load_task; from simulations.configure import simulation_from; "
@@ -66,5 +65,6 @@ def test_reading_a_run_file_does_not_wake_torchs_compiler(tmp_path: Path) -> Non
         "simulation_from(config, load_task(config.task, config.folder)); "
         "print('torch._dynamo' in sys.modules)"
     )
-    outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert outcome.stdout == "False\n", f"{task}: {outcome.stderr}"
+    command = [sys.executable, "-c", code]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert outcome.stdout == "False\n"
