@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo test check format clean
+.PHONY: help env demo test check format bench clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,10 @@ check: $(STAMP) ## check format, lint and types; changes nothing
 format: $(STAMP) ## format the code and apply the safe fixes
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure whole rounds beside the centralised limit, and the server's sum
+	@$(BIN)/python -m benchmarks.compare
+	@$(BIN)/python -m benchmarks.aggregate
 
 clean: ## remove caches and builds; results in out/ and the environment stay
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -3,4 +3,5 @@ from .client import Trainer as Trainer
 from .memory import FileMemory as FileMemory
 from .memory import InProcessMemory as InProcessMemory
 from .memory import MemoryStore as MemoryStore
+from .memory import SpillingMemory as SpillingMemory
 from .torch_trainer import TorchTrainer as TorchTrainer

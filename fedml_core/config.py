@@ -85,6 +85,8 @@ class ClientsTable(_Table):
 
     count: int = Field(default=10, ge=1)
     """How many there are."""
+    source: NamedTable | None = None
+    """Files that hold each client's data, in the place of the task's own; see `fedveil list sources`."""
     partition: NamedTable = Field(default_factory=lambda: {"name": "iid"})
     """How the task's pooled examples are shared out; see `fedveil list partitioners`."""
     holdout: float = Field(default=0.0, ge=0, lt=1)

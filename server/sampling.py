@@ -18,7 +18,7 @@ class Sampling(Named):
 
     def cohort(self, clients: Sequence[int], round_number: int, seed: int) -> list[int]:
         """Return the numbers of the clients to ask, each at most once, sorted; at most O(cohort) work for a `range`."""
-        return list(clients)
+        return sorted(clients)
 
     def require(self, population: int) -> None:
         """Raise ConfigError if this cannot be drawn from `population` clients."""
@@ -71,4 +71,4 @@ class PoissonSampling(Sampling):
 
 def _draw(clients: Sequence[int], size: int, draws: np.random.Generator) -> list[int]:
     places = np.sort(draws.choice(len(clients), size=size, replace=False, shuffle=False)) if size else ()
-    return [clients[int(place)] for place in places]
+    return sorted(clients[int(place)] for place in places)

@@ -32,7 +32,14 @@ from .population import Partitioned as Partitioned
 from .population import Population as Population
 from .population import Virtual as Virtual
 from .population import site_share as site_share
+from .prefetch import Prefetched as Prefetched
 from .simulate import Simulation as Simulation
 from .simulate import simulate as simulate
+from .sources.generated import Generated as Generated
+from .sources.npz import NpzClients as NpzClients
+from .sources.parquet import ParquetClients as ParquetClients
+from .sources.safetensors_files import SafetensorsClients as SafetensorsClients
+from .sources.source import Source as Source
+from .sources.write import write_packed as write_packed
 from .virtual_time import Fleet as Fleet
 from .virtual_time import VirtualClock as VirtualClock

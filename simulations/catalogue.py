@@ -18,6 +18,7 @@ from simulations.engines import Engine
 from simulations.fleet_availability import Availability
 from simulations.fleet_spread import Spread
 from simulations.partition import Partitioner
+from simulations.sources import Source
 from strategies.schedules import Schedule
 from strategies.strategy import Strategy
 
@@ -50,6 +51,7 @@ def catalogue(kind: str | None = None) -> dict[str, list[Entry]]:
         "strategies": Strategy.members,
         "partitioners": Partitioner.members,
         "samplings": Sampling.members,
+        "sources": Source.members,
         "weightings": Weighting.members,
         "schedules": Schedule.members,
         "transforms": Transform.members,

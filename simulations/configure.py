@@ -9,6 +9,7 @@ from torch import nn
 
 from clients.optimizers import make_optimizer
 from fedml_core.config import RunConfig
+from fedml_core.errors import ConfigError
 from fedml_core.named import construct
 from fedml_core.task import Task
 from server.configure import blaming, plan_from
@@ -16,6 +17,7 @@ from simulations.engines import Engine
 from simulations.faults import Faults
 from simulations.partition import Partitioner
 from simulations.simulate import Simulation
+from simulations.sources import Source
 from simulations.virtual_time import Fleet
 
 __all__ = ["simulation_from"]
@@ -32,9 +34,10 @@ def simulation_from(config: RunConfig, task: Task) -> Simulation:
     with blaming(config.path, "simulation.faults"):
         faults = Faults(**config.simulation.faults.model_dump())
     _check_optimizer(config)
+    clients = _clients_from(config)
     with blaming(config.path, "evaluation.clients"):
         if plan.evaluation.clients is not None:
-            plan.evaluation.clients.require(config.clients.count)
+            plan.evaluation.clients.require(clients if isinstance(clients, int) else len(clients))
     with blaming(config.path, "simulation.engine"):
         skip = config.simulation.on_client_error == "skip"
         engine = Engine.from_config({"skip_failures": skip, **config.simulation.engine})
@@ -43,7 +46,7 @@ def simulation_from(config: RunConfig, task: Task) -> Simulation:
         return Simulation(
             task,
             plan.strategy,
-            clients=config.clients.count,
+            clients=clients,
             rounds=config.rounds,
             sampling=plan.sampling,
             training=plan.training,
@@ -71,6 +74,19 @@ def _check_optimizer(config: RunConfig) -> None:
         return
     with blaming(config.path, "training"):
         make_optimizer(config.training, 1, [nn.Parameter(torch.zeros(1, 1))])
+
+
+def _clients_from(config: RunConfig) -> int | Source:
+    """Return how many clients there are, or the files that hold them."""
+    if config.clients.source is None:
+        return config.clients.count
+    with blaming(config.path, "clients.source"):
+        for key in ("count", "partition", "holdout"):
+            if key in config.clients.model_fields_set:
+                raise ConfigError(f"a source has its own clients and data, and clients.{key} is given; leave one out")
+        source = Source.from_config(config.clients.source).beside(config.folder)
+        len(source)
+        return source
 
 
 def _fleet_from(config: RunConfig) -> Fleet | None:

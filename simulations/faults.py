@@ -12,6 +12,7 @@ from fedml_core.errors import ConfigError
 from fedml_core.messages import Arrival
 from fedml_core.randomness import keyed_coins, seeded
 from fedml_core.update import Update
+from simulations.population import KeyedSubset
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Faults:
             raise ConfigError(f"faults drop + late + nan must be <= 1, got {self.drop + self.late + self.nan:g}")
 
     def available(self, clients: Sequence[int], round_number: int, seed: int) -> Sequence[int]:
-        """Return the clients that can be asked in a round."""
+        """Return those of the clients that can be asked in a round, in no order; each is found when it is asked for."""
         if self.unavailable == 0:
             return clients
-        coins = seeded(seed, "unavailable", round_number).random(len(clients))
-        return [client for client, coin in zip(clients, coins, strict=True) if coin >= self.unavailable]
+        # As many as that many coins would leave, and which ones decided by a key: no coin is thrown for each client.
+        draws = seeded(seed, "unavailable", round_number)
+        count = int(draws.binomial(len(clients), 1 - self.unavailable))
+        return KeyedSubset((seed, "available", round_number), clients, count)
 
     def reachable(self, cohort: Sequence[int], round_number: int, seed: int) -> list[int]:
         """Return the clients of the cohort whose reply will arrive in time."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clients.memory import InProcessMemory
+from clients.memory import InProcessMemory, MemoryStore, SpillingMemory
 from clients.torch_trainer import TorchTrainer
 from fedml_core.errors import ConfigError
 from fedml_core.named import nearest
@@ -40,15 +41,17 @@ _CLOCK = "clock"  # where a checkpoint keeps the virtual time, beside the client
 class Simulation:
     """A simulated federation: what `simulate` takes by name.
 
-    `clients`: the size of the population. `rounds`: in all, resumed ones included. `partition`: how pooled examples are
-    shared out. `holdout`: the share that each client keeps aside. `sampling`: each round's cohort. `device`: "auto",
-    "cpu", "cuda", ... `seed`: of everything that must reproduce. `fleet`: the devices to pretend to run on;
-    `round_timeout_s`: the deadline on their virtual clock. Without a fleet nothing takes time and nobody is late.
+    `clients`: how many, or the clients themselves, such as a source: `NpzClients("data")`. `rounds`: in all, resumed
+    ones included. `partition`: how pooled examples are shared out. `holdout`: the share that each client keeps aside.
+    `sampling`: each round's cohort. `device`: "auto", "cpu", "cuda", ... `seed`: of everything that must reproduce.
+    `fleet`: the devices to pretend to run on; `round_timeout_s`: the deadline on their virtual clock. Without a fleet
+    nothing takes time and nobody is late. `memory_bytes`: of what clients remember in a run with a folder; the rest of
+    it lies in the folder.
     """
 
     task: Task
     strategy: Strategy
-    clients: int = 10
+    clients: int | Population = 10
     rounds: int = 10
     sampling: Sampling = field(default_factory=EveryClient)
     training: Training = field(default_factory=Training)
@@ -63,16 +66,18 @@ class Simulation:
     round_timeout_s: float | None = None
     seed: int = 0
     device: str = "auto"
+    memory_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         """Check what can be checked before any data is loaded."""
-        if self.clients < 1:
-            raise ConfigError(f"clients must be >= 1, got {self.clients}")
+        count = self.clients if isinstance(self.clients, int) else len(self.clients)
+        if count < 1:
+            raise ConfigError(f"clients must be >= 1, got {count}")
         if self.rounds < 1:
             raise ConfigError(f"rounds must be >= 1, got {self.rounds}")
-        self.sampling.require(self.clients)
+        self.sampling.require(count)
         if self.evaluation.clients is not None:
-            self.evaluation.clients.require(self.clients)
+            self.evaluation.clients.require(count)
 
     @cached_property
     def plan(self) -> Plan:
@@ -91,6 +96,8 @@ class Simulation:
     @cached_property
     def population(self) -> Population:
         """Return the clients."""
+        if not isinstance(self.clients, int):
+            return self.clients
         return population_of(self.task, self.partition, self.clients, seed=self.seed, holdout=self.holdout)
 
     @cached_property
@@ -108,19 +115,23 @@ class Simulation:
     ) -> History:
         """Run it, recording to the folder `out` if there is one, calling each callback after each round."""
         folder = RunFolder(out, self.plan) if out is not None else None
-        memory, state = InProcessMemory(), self._state(folder, resume=resume, overwrite=overwrite)
+        state = self._state(folder, resume=resume, overwrite=overwrite)
+        memory: InProcessMemory | SpillingMemory
+        memory = InProcessMemory() if out is None else SpillingMemory(out, self.memory_bytes)
         clock = None if self.fleet is None else VirtualClock(self.fleet, self.population, self.seed)
         extra = dict(state.extra)
         time = extra.pop(_CLOCK, {})
-        memory.restore(extra)
-        if clock is None:
-            require_same(time.get("fleet"), None)
-        elif state.round > 0:
-            clock.restore(time)
-        coordinator = coordinator_for(self.task, self.plan, state, self.trainer)
-        stage = self._stage(memory)
-        session = self.engine.open(stage)
-        try:
+        with ExitStack() as held:
+            held.callback(memory.close)
+            memory.restore(extra)
+            if clock is None:
+                require_same(time.get("fleet"), None)
+            elif state.round > 0:
+                clock.restore(time)
+            coordinator = coordinator_for(self.task, self.plan, state, self.trainer)
+            stage = self._stage(memory)
+            session = self.engine.open(stage)
+            held.callback(session.close)
             reports = record_rounds(
                 coordinator,
                 SimulationChannel(stage, session, clock),
@@ -129,8 +140,6 @@ class Simulation:
                 callbacks=callbacks,
                 extra=lambda: {**memory.to_tree(), **({_CLOCK: clock.to_tree()} if clock else {})},
             )
-        finally:
-            session.close()
         facts = {"clients": len(self.population), "engine": self.engine.name, **self._times(clock, reports)}
         return finished(coordinator, reports, folder, **facts)
 
@@ -141,7 +150,7 @@ class Simulation:
         targets = reached(reports, self.fleet.targets)
         return {"virtual_seconds": clock.now_s, **({"targets": targets} if targets else {})}
 
-    def _stage(self, memory: InProcessMemory) -> Stage:
+    def _stage(self, memory: MemoryStore) -> Stage:
         return Stage(
             task=self.task,
             trainer=self.trainer,

@@ -111,7 +111,7 @@ def _again(request: Request) -> list[str]:
 
 def _central(simulation: Simulation, task: Task, history: History) -> Mapping[str, float]:
     counted = sum(report.replies for report in history.reports)
-    share = counted / (len(history.reports) * simulation.clients)
+    share = counted / (len(history.reports) * len(simulation.population))
     passes = passes_of(simulation.training, len(history.reports), share)
     return train_centrally(task, simulation.training, passes=passes, seed=simulation.seed, device=simulation.device)
 

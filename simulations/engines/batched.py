@@ -24,6 +24,7 @@ from simulations.engines.batch_trainer import BatchTrainer, BatchWork, Unsupport
 from simulations.engines.engine import Engine, Session, Stage, arrival_of
 from simulations.engines.sequential import OneByOne
 from simulations.packing import Packed
+from simulations.prefetch import announce
 
 # Parameters of the clients of one chunk that fit a CPU's caches; a GPU wants as many clients as it can hold.
 _CACHE_BYTES = 4 << 20
@@ -79,6 +80,7 @@ class Chunks(Session):
             yield from self._single.run(assignment, cohort)
             return
         waiting = list(self._by_size(cohort))
+        announce(self._stage.population, waiting)
         while waiting:
             chunk, waiting = waiting[: self._at_once], waiting[self._at_once :]
             try:

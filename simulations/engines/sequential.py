@@ -11,6 +11,7 @@ from clients.client import Client
 from fedml_core.errors import ConfigError, TaskError
 from fedml_core.messages import Arrival, Assignment
 from simulations.engines.engine import Engine, Session, Stage, arrival_of
+from simulations.prefetch import announce
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class OneByOne(Session):
 
     def _replies(self, assignment: Assignment, cohort: Sequence[int]) -> Iterator[Arrival]:
         stage = self._stage
+        announce(stage.population, cohort)
         for number in cohort:
             client = Client(number, partial(stage.population.load, number), stage.trainer, stage.memory)
             yield arrival_of(client.answer(assignment, fatal=self._fatal))

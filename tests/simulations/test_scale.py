@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from clients import InProcessMemory, TorchTrainer
 from clients.memory import STORE_NAME, MemoryStore, SpillingMemory
 from fedml_core import ClientData, Examples, Task, Training
+from fedml_core.config import load_run
 from fedml_core.errors import ConfigError
 from server import FixedSampling, PoissonSampling
 from server.coordinator import Coordinator
@@ -22,7 +24,8 @@ from server.history import RunFolder
 from server.plan import EvaluationPlan, Plan
 from server.record import record_rounds
 from server.sampling import Sampling
-from simulations import Sequential, Simulation, SimulationChannel
+from simulations import Faults, Processes, Sequential, Simulation, SimulationChannel, simulate
+from simulations.configure import simulation_from
 from simulations.engines.engine import Engine, Stage
 from simulations.engines.fused import Fused
 from simulations.packing import Packed
@@ -200,6 +203,55 @@ def test_spilled_memories_train_the_same_model(tmp_path: Path, room: int, engine
         assert torch.equal(found.state.parameters, expected)
         memory.to_tree()
     assert (tmp_path / STORE_NAME).exists()
+
+
+@pytest.mark.parametrize("engine", [Sequential(), Fused(), Processes(workers=2)], ids=lambda engine: engine.name)
+def test_a_run_in_a_folder_spills_and_resumes_bit_for_bit(tmp_path: Path, engine: Engine) -> None:
+    write_packed(tmp_path / "clients.safetensors", Generated(12, rows))
+    settings: dict[str, Any] = {
+        "clients": SafetensorsClients(tmp_path / "clients.safetensors"),
+        "sampling": FixedSampling(5),
+        "engine": engine,
+        "memory_bytes": 100,
+        "device": "cpu",
+    }
+    straight = simulate(TASK, Scaffold(population=12), rounds=6, **settings)
+    simulate(TASK, Scaffold(population=12), rounds=3, out=tmp_path / "run", **settings)
+    resumed = simulate(TASK, Scaffold(population=12), rounds=6, out=tmp_path / "run", resume=True, **settings)
+    torch.testing.assert_close(straight.parameters, resumed.parameters, rtol=1e-6, atol=1e-7)
+    if not isinstance(engine, Processes):  # which adds up in the order in which its workers are done
+        assert torch.equal(straight.parameters, resumed.parameters)
+    assert (tmp_path / "run" / STORE_NAME).stat().st_size > 0
+    assert (tmp_path / "run" / "checkpoint.fedveil").stat().st_size < 6000
+    again = simulate(TASK, Scaffold(population=12), rounds=3, out=tmp_path / "run", overwrite=True, **settings)
+    assert again.summary["clients"] == 12
+
+
+def test_those_who_cannot_be_asked_cost_nothing_either() -> None:
+    everyone = range(100_000_000)
+    tracemalloc.start()
+    available = Faults(unavailable=0.25).available(everyone, 1, 0)
+    cohort = FixedSampling(50).cohort(available, 1, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert abs(len(available) / 1e8 - 0.75) < 0.001
+    assert cohort == sorted(set(cohort))
+    assert len(cohort) == 50
+    assert peak < 100_000
+
+
+def test_a_run_toml_can_name_a_source(tmp_path: Path) -> None:
+    write_packed(tmp_path / "clients.safetensors", Generated(12, rows))
+    text = 'task = "task.py"\n[clients]\nsource = {name = "SafetensorsClients", path = "clients.safetensors"}\n'
+    (tmp_path / "run.toml").write_text(text)
+    simulation = simulation_from(load_run(tmp_path / "run.toml"), TASK)
+    assert len(simulation.population) == 12
+    (tmp_path / "run.toml").write_text(text.replace("[clients]", "[clients]\ncount = 4"))
+    with pytest.raises(ConfigError, match="a source has its own clients and data, and clients.count is given"):
+        simulation_from(load_run(tmp_path / "run.toml"), TASK)
+    (tmp_path / "run.toml").write_text(text.replace('path = "clients', 'path = "nobody'))
+    with pytest.raises(ConfigError, match="nobody.safetensors does not exist"):
+        simulation_from(load_run(tmp_path / "run.toml"), TASK)
 
 
 class _KilledError(Exception):
