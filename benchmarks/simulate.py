@@ -67,7 +67,7 @@ class SlicedSimulation(Simulation):
     workload: Workload | None = None
 
     @property
-    def population(self) -> Population:  # type: ignore[override]  # a cached property is a property to every reader
+    def population(self) -> Population:
         """Return the slices."""
         assert self.workload is not None
         return Slices(self.workload)

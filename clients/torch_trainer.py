@@ -97,7 +97,9 @@ class TorchTrainer:
                     processed += len(batch[1])
             finally:
                 self._bench.module.zero_grad()
-            values = guarded(lambda: self.spec.flatten(self._bench.module).sub_(start), "reading the task's model", when)()
+            values = guarded(
+                lambda: self.spec.flatten(self._bench.module).sub_(start), "reading the task's model", when
+            )()
         sums = tally.read()
         # All processed examples can weigh 0 where `steps` ends before the others come: their mean is then 0.
         scale = total / (sums.pop("examples", float(processed)) or 1.0)

@@ -55,8 +55,15 @@ class RoundReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain values, one line of the history."""
-        body = dataclasses.asdict(self)
-        return {**body, "participants": list(self.participants)[:LISTED], "missing": list(self.missing)[:LISTED]}
+        # Not dataclasses.asdict: it copies a cohort's thousands of numbers one by one in every round.
+        return {
+            **{part.name: getattr(self, part.name) for part in dataclasses.fields(self)},
+            "participants": list(self.participants[:LISTED]),
+            "missing": list(self.missing[:LISTED]),
+            "excluded": tuple(dataclasses.asdict(row) for row in self.excluded),
+            "metrics": {place: dict(values) for place, values in self.metrics.items()},
+            "notes": tuple(self.notes),
+        }
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> RoundReport:

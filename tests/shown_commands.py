@@ -10,6 +10,7 @@ import importlib.util
 import re
 import shlex
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -160,7 +161,9 @@ def _made(words: Sequence[str]) -> list[PurePosixPath]:
 
 def _flwr(words: Sequence[str]) -> list[str]:
     (script,) = entry_points(group="console_scripts", name="flwr")
-    return _usage_flaws(typer.main.get_command(script.load()), "flwr", words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Flower's own command, in what it asks of typer
+        return _usage_flaws(typer.main.get_command(script.load()), "flwr", words)
 
 
 def _make(words: Sequence[str]) -> list[str]:

@@ -33,7 +33,9 @@ def train(message: Message, context: Context) -> Message:
     """Train on the node's slice."""
     workload, model = _kept()
     inputs, labels = workload.client(int(context.node_config["partition-id"]))
-    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    arrays = message.content["arrays"]
+    assert isinstance(arrays, ArrayRecord)
+    model.load_state_dict(arrays.to_torch_state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=workload.learning_rate)
     for x, y in zip(inputs.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
         optimizer.zero_grad()

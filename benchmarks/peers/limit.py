@@ -10,6 +10,7 @@ import argparse
 import time
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measuring import Peak, Rounds, print_line, since_start
@@ -17,6 +18,12 @@ from benchmarks.workloads import WORKLOADS
 
 _RATE = 1e-3
 _STRIDE = 37  # so that rounds do not begin at the same examples
+
+
+def _to_channels_last(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
 def main() -> None:
@@ -33,8 +40,9 @@ def main() -> None:
     torch.manual_seed(0)
     model, (inputs, labels) = workload.model(), workload.examples
     if asked.channels_last and inputs.dim() == 4:
-        model, inputs = model.to(memory_format=torch.channels_last), inputs.to(memory_format=torch.channels_last)
-    parameters = list(model.parameters())
+        inputs = inputs.to(memory_format=torch.channels_last)
+        _to_channels_last(model)
+    parameters: list[Tensor] = list(model.parameters())
 
     def one_round(number: int) -> int:
         done = 0

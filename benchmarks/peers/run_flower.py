@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import time
 from collections.abc import Iterable
@@ -26,7 +27,7 @@ from benchmarks.peers import flower_client
 from benchmarks.workloads import WORKLOADS
 
 
-class _Timed(FedAvg):  # type: ignore[misc]  # Flower's annotations are not strict
+class _Timed(FedAvg):
     """FedAvg that notes when each round ends and how many samples it trained on."""
 
     def __init__(self, peak: Peak, **settings: Any) -> None:
@@ -41,13 +42,18 @@ class _Timed(FedAvg):  # type: ignore[misc]  # Flower's annotations are not stri
         if failed := [reply for reply in came if reply.has_error()]:
             raise RuntimeError(f"a client failed: {failed[0].error}")
         result = super().aggregate_train(server_round, came)
-        self.samples.append(float(sum(reply.content["metrics"]["num-examples"] for reply in came)))
+        self.samples.append(sum(_examples(reply) for reply in came))
         if not self.ends:
             self.startup_s = since_start()
             self._peak.look()
             self._peak.pause()
         self.ends.append(time.perf_counter())
         return result
+
+
+def _examples(reply: Message) -> float:
+    record: Any = reply.content["metrics"]
+    return float(record["num-examples"])
 
 
 def main() -> None:
@@ -86,7 +92,7 @@ def main() -> None:
         },
     )
     ends, samples = measured[0].ends, measured[0].samples
-    seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    seconds = [after - before for before, after in itertools.pairwise(ends)]
     rounds = Rounds(seconds, samples[1:], measured[0].startup_s)
     name = f"flower-ray-{asked.actors}" + (f"-of-{population}" if asked.population else "")
     print_line(rounds.line(workload.name, name, workload.round_examples, peak.megabytes()))

@@ -24,7 +24,7 @@ from simulations.engines.processes import Processes, available_processors
 from simulations.engines.sequential import Sequential
 from simulations.engines.vectorised import Vectorised
 
-__all__ = ["Auto"]
+__all__ = ["Auto", "Timing", "Trial", "tournament"]
 
 # Processes must be worth their memory.
 _MARGIN = 1.1
@@ -141,7 +141,12 @@ class Choosing(Session):
             self._choose(dataclasses.replace(known, skip_failures=self._engine.skip_failures))
             self._real.tell(f"engine: {_described(known)}, the fastest for this model and machine before")
             return
-        self._trials = self._tournament(cohort)
+        self._trials = tournament(
+            self._candidates(cohort),
+            self._workers if self._stage.trainer.device.type == "cpu" else 1,
+            self._plain,
+            skip_failures=self._engine.skip_failures,
+        )
         self._go_on(None)
 
     def _measured(self, assignment: Assignment, part: Sequence[int], engine: Engine) -> Iterator[Arrived]:
@@ -161,6 +166,9 @@ class Choosing(Session):
 
     def _go_on(self, timing: Timing | None) -> None:
         assert self._trials is not None
+        if timing is not None and timing.able:
+            # An engine's last timing is the one that counted.
+            self._timings = [one for one in self._timings if one.engine != timing.engine] + [timing]
         try:
             self._trial = next(self._trials) if timing is None else self._trials.send(timing)
         except StopIteration as end:
@@ -172,28 +180,10 @@ class Choosing(Session):
             )
             remember(self._key, dataclasses.replace(end.value, skip_failures=False))
 
-    def _tournament(self, cohort: int) -> Generator[Trial, Timing, Engine]:
-        """Yield what to measure, be sent how fast it was, and return the winner."""
-        candidates = self._candidates(cohort)
-        for engine, size in candidates if len(candidates) > 1 else ():
-            if isinstance(engine, Vectorised) and any(isinstance(one.engine, Fused) for one in self._timings):
-                continue  # what is written by hand for such a model beats what is not
-            first = yield Trial(engine, min(size, _TOUCH) if isinstance(engine, Sequential) else size)
-            timing = (yield Trial(engine, size)) if first.able else first
-            if timing.able:
-                self._timings.append(timing)
-        best = _fastest(self._timings, self._plain)
-        if self._workers == 1 or self._stage.trainer.device.type != "cpu":
-            return best
-        inner = dataclasses.replace(best, skip_failures=False)
-        shared = Processes(workers=self._workers, inner=inner, skip_failures=self._engine.skip_failures)
-        self._timings = []
-        for engine in (best, shared):
-            first = yield Trial(engine, None)
-            timing = (yield Trial(engine, None)) if first.able else first
-            self._timings.append(timing)
-        alone, together = (timing.rate for timing in self._timings)
-        return shared if together > _MARGIN * alone else best
+    def _measurements(self) -> str:
+        ranked = sorted(self._timings, key=lambda one: -one.rate)
+        rates = ", ".join(f"{_described(one.engine)} {one.rate:,.0f}" for one in ranked)
+        return f"examples a second: {rates}" if rates else "there was no other to measure"
 
     def _candidates(self, cohort: int) -> list[tuple[Engine, int]]:
         """Return the engines of this process and how many clients each is tried on."""
@@ -212,6 +202,36 @@ class Choosing(Session):
         self._chosen, self._trial = engine, None
         for other in [other for other in self._sessions if other != engine]:
             self._sessions.pop(other).close()
+
+
+def tournament(
+    candidates: Sequence[tuple[Engine, int]], workers: int, plain: Engine, *, skip_failures: bool
+) -> Generator[Trial, Timing, Engine]:
+    """Yield what to measure, be sent how fast it was, and return the winner.
+
+    Args: candidates: engines of one process, each with how many clients to try it on. workers: how many processes may
+        share the work; with 1, none do. plain: what is left where no other engine is able.
+    """
+    timings: list[Timing] = []
+    for engine, size in candidates if len(candidates) > 1 else ():
+        if isinstance(engine, Vectorised) and any(isinstance(one.engine, Fused) for one in timings):
+            continue  # what is written by hand for such a model beats what is not
+        # What is measured is the second time: the first touch of anything is slow.
+        first = yield Trial(engine, min(size, _TOUCH) if isinstance(engine, Sequential) else size)
+        timing = (yield Trial(engine, size)) if first.able else first
+        if timing.able:
+            timings.append(timing)
+    best = _fastest(timings, plain)
+    if workers == 1:
+        return best
+    inner = dataclasses.replace(best, skip_failures=False)
+    shared = Processes(workers=workers, inner=inner, skip_failures=skip_failures)
+    rates = []
+    for engine in (best, shared):
+        first = yield Trial(engine, None)
+        timing = (yield Trial(engine, None)) if first.able else first
+        rates.append(timing.rate if timing.able else 0.0)
+    return shared if rates[1] > _MARGIN * rates[0] else best
 
 
 def _fastest(timings: Sequence[Timing], otherwise: Engine) -> Engine:
