@@ -120,6 +120,7 @@ def test_the_flower_app_learns_in_one_process(
     assert len(accuracies) == 3 and accuracies[-1] > accuracies[0] and accuracies[-1] > 0.4
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # in Flower's own packing
 def test_flower_accepts_the_app() -> None:
     from flwr.cli.build import build_fab_from_disk
     from flwr.cli.config_utils import load_and_validate

@@ -93,7 +93,7 @@ def test_every_block_is_of_a_language_that_is_checked() -> None:
 
 
 def test_what_make_lists_is_what_it_can_make() -> None:
-    assert make_targets() == ["help", "env", "demo", "test", "check", "format", "clean"]
+    assert make_targets() == ["help", "env", "demo", "test", "check", "format", "bench", "clean"]
 
 
 @pytest.mark.parametrize(
