@@ -73,7 +73,7 @@ def serve_site(console: Console, path: Path, connection: Connection) -> None:
         connection.client(config).serve(service.handle, service.stop, console.note)
         facts = service.outcome()
         console.say(f"the server says goodbye: {facts['goodbye']}; {_answered(facts)}")
-        console.result({**facts, "server": connection.server})
+        console.result({**facts, **service.summary, "server": connection.server})
 
 
 def _share_the_machine() -> None:

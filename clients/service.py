@@ -85,6 +85,9 @@ class SiteService:
         self._data: ClientData | None = None
         self._run: _Run | None = None
         self._counts = {"trained": 0, "evaluated": 0, "failed": 0}
+        self._bytes = {"bytes_up": 0, "bytes_down": 0}
+        self._metrics: dict[str, Mapping[str, float]] = {}
+        self._seconds = 0.0
         self._goodbye = ""
         self._end: FedveilError | None = None
         self._kept_out = ""
@@ -94,6 +97,24 @@ class SiteService:
         """Return what this site has done so far."""
         run = None if self._run is None else self._run.hello.run
         return {"client": self._config.id, "name": self._config.name, "run": run, **self._counts}
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """Return what this site did under the names that every run's summary has, as far as one site knows.
+
+        `metrics`: the last of its own training and evaluation. `seconds`: of work. Bytes are message bodies.
+        """
+        return {
+            "rounds": self._counts["trained"],
+            "clients": 1,
+            "metrics": self._metrics,
+            "protection": "none",
+            "epsilon": None,
+            "seconds": round(self._seconds, 3),
+            **self._bytes,
+            "engine": "fleet",
+            "out": None,
+        }
 
     def outcome(self) -> Mapping[str, Any]:
         """Return what this site did in a run that is over.
@@ -113,7 +134,10 @@ class SiteService:
             this version does not understand. What a bug of ours raises is raised; the link sends its class only.
         """
         try:
-            return self._work(frame) if frame.kind in _WORK else self._converse(frame)
+            answer = self._work(frame) if frame.kind in _WORK else self._converse(frame)
+            self._bytes["bytes_down"] += frame.size_bytes
+            self._bytes["bytes_up"] += answer.size_bytes
+            return answer
         except NotGreetedError:
             raise
         except Exception as error:
@@ -202,9 +226,12 @@ class SiteService:
         sums = {name: float(value) for name, value in body.sums.items()}
         done = "trained" if isinstance(body, Update) else "evaluated"
         self._counts[done] += 1
+        self._seconds += seconds
         examples = sums.pop("examples", 0.0)
-        means = "".join(f", {name} {value / examples:.4f}" for name, value in sums.items()) if examples > 0 else ""
-        self._say(f"{where}: {done} on {examples:g} examples in {seconds:.1f} s{means}")
+        means = {name: value / examples for name, value in sums.items()} if examples > 0 else {}
+        self._metrics["train" if isinstance(body, Update) else "clients"] = {"examples": examples, **means}
+        shown = "".join(f", {name} {value:.4f}" for name, value in means.items())
+        self._say(f"{where}: {done} on {examples:g} examples in {seconds:.1f} s{shown}")
 
     def _load(self) -> ClientData:
         if self._data is None:

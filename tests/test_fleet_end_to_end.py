@@ -64,6 +64,8 @@ def test_three_sites_learn_the_digits_as_their_simulation_does(tmp_path: Path, s
         told = site.ends(0)
         assert (told["client"], told["trained"], told["failed"]) == (number, 3, 0)
         assert told["goodbye"] == "the run is done after 3 rounds"
+        assert (told["rounds"], told["protection"], told["epsilon"], told["engine"]) == (3, "none", None, "fleet")
+        assert told["bytes_up"] > 0 and told["bytes_down"] > 0 and told["metrics"]["train"]["examples"] > 0
     assert same_model(final_parameters(tmp_path / "out"), final_parameters(tmp_path / "simulated"))
     expected = json.loads(simulated.stdout)["metrics"]["server"]
     assert answer["metrics"]["server"] == pytest.approx(expected, abs=1e-4)
