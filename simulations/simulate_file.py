@@ -105,8 +105,11 @@ def _profile(console: Console, simulation: Simulation, profiler: Profiler | None
 
 
 def _again(request: Request) -> list[str]:
+    """Return the command that goes on with an interrupted run."""
+    changes = [word for change in request.overrides for word in ("--set", change)]
     out = [] if request.out is None else ["--out", str(request.out)]
-    return ["fedveil", "simulate", str(request.path), "--resume", *out]
+    central = ["--central"] if request.central else []
+    return ["fedveil", "simulate", str(request.path), "--resume", *changes, *out, *central]
 
 
 def _central(simulation: Simulation, task: Task, history: History) -> Mapping[str, float]:

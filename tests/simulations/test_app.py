@@ -182,7 +182,8 @@ def test_ctrl_c_leaves_a_history_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert 0 < kept < 9
     line = result.stderr.splitlines()[-1]
     assert line == (
-        f"error: interrupted; {kept} rounds are kept in {out}; go on with: fedveil simulate {run} --resume --out {out}"
+        f"error: interrupted; {kept} rounds are kept in {out}; "
+        f"go on with: fedveil simulate {run} --resume --set rounds=9 --out {out}"
     )
     shown = fedveil("report", out, "--no-plots")
     assert shown.exit_code == 0
