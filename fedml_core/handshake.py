@@ -13,9 +13,18 @@ from typing import Any
 
 from fedml_core.errors import ChannelError, ConfigError
 from fedml_core.model import ModelSpec
+from fedml_core.untrusted import as_text, as_whole, printable
 from fedml_core.wire import Frame, from_frame, to_frame
 
-__all__ = ["FORMAT", "Goodbye", "Greeting", "Hello", "Introduction", "NotGreetedError", "Refused", "printable"]
+__all__ = [
+    "FORMAT",
+    "Goodbye",
+    "Greeting",
+    "Hello",
+    "Introduction",
+    "NotGreetedError",
+    "Refused",
+]
 
 FORMAT = 1
 """The version of what is said here and in `fedml_core.messages`; both sides must speak the same."""
@@ -80,7 +89,7 @@ def greeting_from_frame(frame: Frame) -> Greeting:
     """
     try:
         tree = from_frame(frame)
-        spoken = _whole(tree["format"])
+        spoken = as_whole(tree["format"])
         if spoken != FORMAT:
             raise ConfigError(
                 f"the other side speaks format {spoken} and this side format {FORMAT}; "
@@ -94,47 +103,27 @@ def greeting_from_frame(frame: Frame) -> Greeting:
         ) from error
 
 
-def printable(text: str, limit: int = 300) -> str:
-    """Return `text` so that a terminal shows it and does nothing else; longer text is cut.
-
-    Example:
-        >>> printable("ward\\x1b[2J a")
-        'ward?[2J a'
-    """
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:limit])
-
-
 def _greeting(kind: type[Greeting], tree: Mapping[str, Any]) -> Greeting:
     if kind is Hello:
         if not _RUN.fullmatch(tree["run"]):
             raise ValueError("a run must be named by letters, digits, '-' and '_'")
-        return Hello(tree["run"], _whole(tree["seed"]), _spec(tree["spec"]))
+        return Hello(tree["run"], as_whole(tree["seed"]), _spec(tree["spec"]))
     if kind is Introduction:
-        if not 0 <= _whole(tree["client"]) <= _MAX_CLIENT:
+        if not 0 <= as_whole(tree["client"]) <= _MAX_CLIENT:
             raise ValueError("a client's number must be from 0")
-        return Introduction(tree["client"], printable(_text(tree["name"]), 64), _spec(tree["spec"]))
-    reason = printable(_text(tree["reason"]), 1000)
+        return Introduction(tree["client"], printable(as_text(tree["name"]), 64), _spec(tree["spec"]))
+    reason = printable(as_text(tree["reason"]), 1000)
     return Refused(reason, final=tree["final"] is not False) if kind is Refused else Goodbye(reason)
 
 
 def _spec(config: Mapping[str, Any]) -> ModelSpec:
     """Return a model's layout that a stranger described; `ModelSpec.from_config` itself believes what it is given."""
     for name, shape, dtype in (*config["parameters"], *config["buffers"]):
-        if not (_text(name).isprintable() and _text(dtype).isprintable() and len(name) <= 1000 and len(dtype) <= 40):
+        if not (
+            as_text(name).isprintable() and as_text(dtype).isprintable() and len(name) <= 1000 and len(dtype) <= 40
+        ):
             raise ValueError("a tensor's name and type must be printable")
-        if any(_whole(size) < 0 for size in shape):
+        if any(as_whole(size) < 0 for size in shape):
             raise ValueError("a tensor's sizes must be from 0")
-    _text(config["frozen_digest"])
+    as_text(config["frozen_digest"])
     return ModelSpec.from_config(config)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("must be text")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError("must be a whole number")
-    return value

@@ -21,9 +21,9 @@ import fedml_core.proximal
 import fedml_core.weighting  # noqa: F401 - see above
 from fedml_core.bulk import BulkArrival, GatheredArrival
 from fedml_core.errors import ReplyError
-from fedml_core.handshake import printable
 from fedml_core.training import Training
 from fedml_core.transform import Chain, State, Transform
+from fedml_core.untrusted import as_number, as_table, as_text, as_whole, printable
 from fedml_core.update import Update
 from fedml_core.wire import Frame, from_frame, to_frame
 
@@ -157,7 +157,7 @@ def assignment_from_frame(frame: Frame) -> Assignment:
         parameters = body["parameters"]
         if not isinstance(parameters, Tensor) or parameters.dtype != torch.float32 or parameters.dim() != 1:
             raise ValueError("an assignment's parameters must be one float32 vector")
-        run, number, fingerprint = _text(body["run"]), _whole(body["round"]), _text(body["fingerprint"])
+        run, number, fingerprint = as_text(body["run"]), as_whole(body["round"]), as_text(body["fingerprint"])
         return Assignment(run, number, fingerprint, parameters, _work(frame.kind, body))
     except (KeyError, TypeError) as error:
         raise ValueError(f"the assignment is not one that this version understands: {error!r:.200}") from error
@@ -165,11 +165,11 @@ def assignment_from_frame(frame: Frame) -> Assignment:
 
 def _work(kind: str, body: Mapping[str, Any]) -> Work:
     if kind == "evaluate":
-        return EvaluateWork(_whole(body["batch_size"]))
+        return EvaluateWork(as_whole(body["batch_size"]))
     if kind == "train":
-        training = Training(**_table(body["training"]))
+        training = Training(**as_table(body["training"]))
         pipeline = Transform.from_config(body["pipeline"], "the assignment's pipeline")
-        return TrainWork(training, pipeline, _table(body["told"]), _whole(body["seed"]))
+        return TrainWork(training, pipeline, as_table(body["told"]), as_whole(body["seed"]))
     raise ValueError(f"an assignment is 'train' or 'evaluate', got {kind!r:.80}")
 
 
@@ -196,7 +196,7 @@ def reply_from_frame(frame: Frame) -> Reply:
         tree = from_frame(frame)
         body = _reply_body(frame.kind, tree)
         return Reply(
-            _text(tree["run"]), _whole(tree["round"]), _whole(tree["client"]), _text(tree["fingerprint"]), body
+            as_text(tree["run"]), as_whole(tree["round"]), as_whole(tree["client"]), as_text(tree["fingerprint"]), body
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ReplyError(
@@ -209,38 +209,14 @@ def _reply_body(kind: str, tree: Mapping[str, Any]) -> Body:
         values = tree["values"]
         if not isinstance(values, Tensor):
             raise TypeError("values must be an array")
-        return Update.of(values, _number(tree["weight"]), **_sums(tree))
+        return Update.of(values, as_number(tree["weight"]), **_sums(tree))
     if kind == "evaluation":
         return Evaluation(_sums(tree))
     if kind in ("refusal", "failure"):
         made = Refusal if kind == "refusal" else Failure
-        return made(printable(_text(tree["rule"]), 80), printable(_text(tree["reason"]), 500))
+        return made(printable(as_text(tree["rule"]), 80), printable(as_text(tree["reason"]), 500))
     raise ValueError(f"unknown reply {kind!r}")
 
 
 def _sums(tree: Mapping[str, Any]) -> dict[str, float]:
-    return {name: _number(value) for name, value in _table(tree["sums"]).items()}
-
-
-def _table(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError("must be a table")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("must be text")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError("must be a whole number")
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise TypeError("must be a number")
-    return float(value)
+    return {name: as_number(value) for name, value in as_table(tree["sums"]).items()}

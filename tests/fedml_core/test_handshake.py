@@ -21,9 +21,9 @@ from fedml_core.handshake import (
     Refused,
     greeting_from_frame,
     greeting_to_frame,
-    printable,
 )
 from fedml_core.model import ModelSpec
+from fedml_core.untrusted import printable
 from fedml_core.wire import Frame
 
 SPEC = ModelSpec.of(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
