@@ -14,9 +14,11 @@ from .errors import PrivacyError as PrivacyError
 from .errors import RefusalError as RefusalError
 from .errors import ReplyError as ReplyError
 from .errors import RunError as RunError
+from .errors import SecureAggregationError as SecureAggregationError
 from .errors import SpecMismatchError as SpecMismatchError
 from .errors import StrategyError as StrategyError
 from .errors import TaskError as TaskError
+from .errors import ThresholdError as ThresholdError
 from .messages import Arrival as Arrival
 from .messages import Assignment as Assignment
 from .messages import Channel as Channel

@@ -6,6 +6,8 @@ FedveilError
 ├── SpecMismatchError     server and client hold different models: exit code 2
 ├── StrategyError         a strategy, transform or accumulator is composed or used wrongly
 │   └── PrivacyError      protection was asked for and cannot be given
+├── SecureAggregationError  a secure sum was stopped: a message, a set or a share is not what the protocol says
+│   └── ThresholdError    too few take part, or are left, for a secure sum; nothing was revealed
 ├── ReplyError            one client's reply is unusable; excluded and attributed, never fatal
 ├── RefusalError          a client's own policy says no
 ├── ChannelError          the other side cannot be reached, or the connection is not the expected one
@@ -26,9 +28,11 @@ __all__ = [
     "RefusalError",
     "ReplyError",
     "RunError",
+    "SecureAggregationError",
     "SpecMismatchError",
     "StrategyError",
     "TaskError",
+    "ThresholdError",
 ]
 
 
@@ -64,6 +68,14 @@ class StrategyError(FedveilError):
 
 class PrivacyError(StrategyError):
     """Protection was asked for and cannot be given; nothing unprotected was sent instead."""
+
+
+class SecureAggregationError(FedveilError):
+    """A secure sum was stopped: a message, a set or a share is not what the protocol says."""
+
+
+class ThresholdError(SecureAggregationError):
+    """Too few take part, or are left, for a secure sum; nothing was revealed."""
 
 
 class ReplyError(FedveilError):
