@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clients.descent import SGD
 from clients.optimizers import needs_closure
 from fedml_core.errors import ConfigError
 from fedml_core.forward import Forward, Tally, guarded
@@ -68,7 +70,7 @@ class LocalStep:
     def __init__(
         self,
         forward: Forward,
-        optimizer: Optimizer,
+        optimizer: Optimizer | SGD,
         steering: Steering,
         *,
         tally: Tally,
@@ -78,8 +80,11 @@ class LocalStep:
         self._forward, self._optimizer, self._steering = forward, optimizer, steering
         self._tally, self._scaler = tally, scaler
         self._plain = not (steering.mu or steering.offsets or steering.max_norm)
-        self._backward = guarded(torch.autograd.backward, "the backward pass", when)
-        step = optimizer.step if scaler is None else partial(scaler.step, optimizer)
+        self._backward = guarded(_differentiate_sum, "the backward pass", when)
+        self._backward_scaled = guarded(torch.autograd.backward, "the backward pass", when)
+        step: Callable[..., object] = optimizer.step
+        if scaler is not None:
+            step = partial(scaler.step, optimizer)  # type: ignore[arg-type]  # it reads param_groups and calls step
         self._step = guarded(step, f"optimizer {type(optimizer).__name__}", when, ConfigError)
         self._searches = needs_closure(optimizer)
         self.steps, self.step_size = 0, 0.0
@@ -107,8 +112,8 @@ class LocalStep:
         if self._scaler is None:
             self._backward(losses, shares)
         else:
-            self._backward(self._scaler.scale(losses), shares)
-            self._scaler.unscale_(self._optimizer)
+            self._backward_scaled(self._scaler.scale(losses), shares)
+            self._scaler.unscale_(self._optimizer)  # type: ignore[arg-type]  # as above
         if not self._plain:
             self._steering.apply()
         if count:
@@ -145,9 +150,14 @@ class LocalStep:
             raise ConfigError("precision float16 needs float32 weights, and this model's are float16; use float32")
 
 
+def _differentiate_sum(losses: Tensor, shares: Tensor) -> None:
+    """Leave the gradient of the losses' weighted sum in the parameters."""
+    # Given the shares as a gradient, torch.autograd.backward compares shapes by sympy: a third of a second to import.
+    torch.autograd.backward(torch.dot(losses, shares) if losses.dim() else losses * shares)
+
+
 def _shares(losses: Tensor, weights: Tensor | None) -> Tensor:
     """Return what each loss contributes to the mean; a batch whose weights are all 0 contributes nothing."""
-    # Given to backward in place of a mean: the same gradient without two more kernels.
     if weights is None:
         return torch.full_like(losses, 1.0 / losses.numel())
     weights = weights.to(losses.dtype)

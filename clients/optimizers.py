@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from clients.descent import SGD
 from fedml_core.errors import ConfigError, TaskError
 from fedml_core.named import nearest
 from fedml_core.training import Training
@@ -47,7 +48,7 @@ def make_optimizer(
     return made
 
 
-def needs_closure(optimizer: Optimizer) -> bool:
+def needs_closure(optimizer: Optimizer | SGD) -> bool:
     """Return whether `optimizer.step` must be given a function that evaluates the loss again, as LBFGS must."""
     return _demands(type(optimizer).step, "closure")
 

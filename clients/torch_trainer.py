@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from clients.descent import SGD, sgd_of
 from clients.local_step import LocalStep, Steering
 from clients.optimizers import OptimizerFactory, make_optimizer
 from fedml_core.data import Data
-from fedml_core.devices import gradient_scaler, precision_context, seeded_torch
+from fedml_core.dense import quick_dense
+from fedml_core.devices import deterministic_torch, gradient_scaler, precision_context, seeded_torch
 from fedml_core.dropout import KeyedDropout, purpose_and_stream
 from fedml_core.errors import StrategyError
 from fedml_core.evaluation import Evaluator
-from fedml_core.forward import Forward, Tally, guarded
-from fedml_core.minibatches import ordered_batches, training_order
+from fedml_core.forward import Forward, Tally
+from fedml_core.memory_layout import MemoryLayout, ordered_gradients
+from fedml_core.minibatches import training_order
 from fedml_core.randomness import Key, seed_of
 from fedml_core.task import Task
 from fedml_core.training import Training
@@ -24,6 +30,7 @@ from fedml_core.update import Update
 
 __all__ = ["OptimizerFactory", "TorchTrainer", "has_batch_norm"]
 
+_log = logging.getLogger(__name__)
 _NO_GUIDE = Guide()
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -35,16 +42,37 @@ class TorchTrainer:
 
     Args: seed: of the initial weights. device: see `fedml_core.devices.choose_device`. optimizer: replaces
         `Training.optimizer`, its arguments and the first round's learning rate, which decays as `Training` says.
-    Raises: TaskError: if the model cannot be built or a metric takes a reserved name; ConfigError: for the device.
+        memory_layout: see `fedml_core.memory_layout.MemoryLayout`; "auto" says in the log where the model does not bear
+        channels-last. deterministic: see `fedml_core.devices.deterministic_torch`.
+    Raises: TaskError: if the model cannot be built or a metric takes a reserved name; ConfigError: for the device or
+        the memory layout.
     """
 
     def __init__(
-        self, task: Task, seed: int = 0, *, device: str = "auto", optimizer: OptimizerFactory | None = None
+        self,
+        task: Task,
+        seed: int = 0,
+        *,
+        device: str = "auto",
+        optimizer: OptimizerFactory | None = None,
+        memory_layout: MemoryLayout = "auto",
+        deterministic: bool = False,
     ) -> None:
-        self._bench = Evaluator(task, seed, device=device)
+        self._bench = Evaluator(task, seed, device=device, memory_layout=memory_layout, tell=_log.warning)
         self._dropout = KeyedDropout(self._bench.module)
         self._optimizer = optimizer
+        self._deterministic = deterministic
         self.spec = self._bench.spec
+
+    def configure(
+        self, memory_layout: MemoryLayout, *, deterministic: bool = False, tell: Callable[[str], None] = _log.warning
+    ) -> None:
+        """Take other values for the constructor's arguments of these names; `tell` takes the place of the log.
+
+        Raises: ConfigError: for an unknown layout.
+        """
+        self._bench.lay_out(memory_layout, tell)
+        self._deterministic = deterministic
 
     @property
     def device(self) -> torch.device:
@@ -78,10 +106,27 @@ class TorchTrainer:
         Raises: TaskError: if the data does not fit the task, or the user's code fails; ConfigError: for an optimizer,
             argument or precision that torch does not know; SpecMismatchError: if `parameters` is not (d,).
         """
+
+        def train() -> Update:
+            return self._train(parameters, data, training, round_number, key, guide)
+
+        with deterministic_torch(self._deterministic):
+            return self._bench.adapting(train)
+
+    def _train(
+        self,
+        parameters: Tensor,
+        data: Data,
+        training: Training,
+        round_number: int,
+        key: tuple[Key, ...],
+        guide: Guide,
+    ) -> Update:
         when = f"at round {round_number}"
         purpose, stream = purpose_and_stream(key)
         seeded = seeded_torch(seed_of(*key, "train"), self._bench.device, self._bench.threads)
-        with seeded, self._dropout.drawing(purpose):
+        quick = quick_dense(self._bench.module, self._bench.device)
+        with seeded, quick, self._dropout.drawing(purpose), self._ordered():
             source, total = self._bench.source(data, when)
             start = self._bench.load(parameters, when)
             self._bench.module.train()
@@ -90,16 +135,13 @@ class TorchTrainer:
             orders = training_order(training, key, len(data), skip_single=has_batch_norm(self._bench.module))
             processed = 0
             try:
-                batches = ordered_batches(source, orders, training.batch_size, self._bench.device)
-                for number, batch in enumerate(batches):
+                for number, batch in enumerate(self._bench.batches(source, orders, training.batch_size)):
                     self._dropout.at(number, stream)
                     step.take(batch)
                     processed += len(batch[1])
             finally:
                 self._bench.module.zero_grad()
-            values = guarded(
-                lambda: self.spec.flatten(self._bench.module).sub_(start), "reading the task's model", when
-            )()
+            values = self._bench.moved(start, when)
         sums = tally.read()
         # All processed examples can weigh 0 where `steps` ends before the others come: their mean is then 0.
         scale = total / (sums.pop("examples", float(processed)) or 1.0)
@@ -110,14 +152,22 @@ class TorchTrainer:
 
     def evaluate(self, parameters: Tensor, data: Data, batch_size: int = 256) -> dict[str, float]:
         """Return summed metrics, as `fedml_core.evaluation.Evaluator` does."""
-        return self._bench.evaluate(parameters, data, batch_size)
+        with deterministic_torch(self._deterministic):
+            return self._bench.evaluate(parameters, data, batch_size)
+
+    def _ordered(self) -> AbstractContextManager[object]:
+        return ordered_gradients(self._bench.module) if self._bench.channels_last else nullcontext()
 
     def _local_step(self, training: Training, round_number: int, steering: Steering, tally: Tally) -> LocalStep:
         when = f"at round {round_number}"
         forward = Forward(
             self._bench.task, self._bench.module, when, precision_context(training.precision, self._bench.device)
         )
-        optimizer = make_optimizer(training, round_number, steering.parameters, self._optimizer)
+        optimizer: Optimizer | SGD | None = None
+        if self._optimizer is None:
+            optimizer = sgd_of(training, round_number, steering.parameters)
+        if optimizer is None:
+            optimizer = make_optimizer(training, round_number, steering.parameters, self._optimizer)
         scaler = gradient_scaler(training.precision, self._bench.device)
         return LocalStep(forward, optimizer, steering, tally=tally, when=when, scaler=scaler)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
+import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,11 +16,22 @@ from torch import nn
 from fedml_core.errors import ConfigError
 from fedml_core.training import Precision
 
-__all__ = ["choose_device", "fitting_threads", "gradient_scaler", "precision_context", "seeded_torch"]
+__all__ = [
+    "choose_device",
+    "deterministic_torch",
+    "fitting_threads",
+    "gradient_scaler",
+    "keep_freed_memory",
+    "precision_context",
+    "seeded_torch",
+]
 
 _turns = itertools.count()
 _SMALL = 1_000_000
 _LARGE_STEPS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+# glibc's numbers for M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD; of each one's values, the first it takes counts.
+_MALLOC = ((-3, (1 << 30, 32 << 20)), (-1, ((1 << 31) - 1,)), (-2, (64 << 20,)))
 _LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -70,6 +84,44 @@ def fitting_threads(module: nn.Module) -> int | None:
     if any(isinstance(part, _LARGE_STEPS) for part in module.modules()):
         return None
     return 1 if sum(parameter.numel() for parameter in module.parameters()) < _SMALL else None
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, for the next step to use; return whether the system can.
+
+    For processes of ours only, such as workers and the command: it holds for the whole process until it ends, which
+    then never grows smaller than it once was. The system hands out fresh memory page by page, which for a convolutional
+    model's activations and gradients takes up to a tenth of a step. Linux with glibc; nothing happens elsewhere.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return all(any(libc.mallopt(option, value) == 1 for value in values) for option, values in _MALLOC)
+
+
+@contextmanager
+def deterministic_torch(wanted: bool = True) -> Iterator[None]:
+    """Let torch choose only algorithms that give the same bits each time; one that it lacks is an error, naming it.
+
+    A CPU gives the same bits anyway, as long as its number of threads is the same. What this costs on a GPU depends on
+    the model. On leaving, also by an exception, everything is as it was. cuBLAS reads its variable once, so the first
+    use of a GPU in the process should be inside. Nothing happens unless `wanted`.
+    """
+    if not wanted:
+        yield
+        return
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(_WORKSPACE)
+    os.environ.setdefault(_WORKSPACE, ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            del os.environ[_WORKSPACE]
 
 
 @contextmanager

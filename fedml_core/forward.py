@@ -22,6 +22,7 @@ _REMEDIES = {
     "Expected more than 1 value per channel": "BatchNorm cannot train on a single example: give the client at least 2 "
     "and a batch_size of at least 2, or use GroupNorm",
     "does not require grad": "the loss must depend on the model's trainable parameters, through torch alone",
+    "view size is not compatible": "let the task call .reshape instead of .view, or set memory_layout to contiguous",
     "must have the same dtype": "give the model inputs of its own dtype, or convert them in its forward",
 }
 

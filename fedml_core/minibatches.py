@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fedml_core.data import Examples
+from fedml_core.memory_layout import rearranged
 from fedml_core.randomness import Key, keyed_words
 from fedml_core.training import Training
 
@@ -65,20 +66,27 @@ def training_order(training: Training, key: tuple[Key, ...], count: int, *, skip
 
 
 def ordered_batches(
-    data: Examples | Fetch, orders: Iterable[Tensor], batch_size: int, device: torch.device
+    data: Examples | Fetch,
+    orders: Iterable[Tensor],
+    batch_size: int,
+    device: torch.device,
+    *,
+    channels_last: bool = False,
 ) -> Iterator[Batch]:
     """Yield batches of `data` (on `device` already, or fetched batch by batch) in each of `orders`.
 
     Examples in memory are gathered once for many batches, which are then views: a step pays for no indexing.
+    `channels_last`: the memory layout of 4-d inputs, as `fedml_core.memory_layout.rearranged` makes it.
     """
     for order in orders:
         if isinstance(data, Examples):
             for rows in torch.split(order.to(device), _rows_at_once(data, batch_size)):
-                yield from _views(_gathered(data, rows), batch_size)
+                inputs, targets, weights = _gathered(data, rows)
+                yield from _views((_arranged(inputs, channels_last), targets, weights), batch_size)
         else:
             for rows in torch.split(order, batch_size):
                 batch = data(rows).to(device)
-                yield batch.inputs, batch.targets, batch.weights
+                yield _arranged(batch.inputs, channels_last), batch.targets, batch.weights
 
 
 def _rows_at_once(data: Examples, batch_size: int) -> int:
@@ -89,6 +97,10 @@ def _rows_at_once(data: Examples, batch_size: int) -> int:
 def _gathered(data: Examples, rows: Tensor) -> Batch:
     weights = None if data.weights is None else data.weights.index_select(0, rows)
     return tuple(t.index_select(0, rows) for t in data.inputs), data.targets.index_select(0, rows), weights
+
+
+def _arranged(inputs: tuple[Tensor, ...], channels_last: bool) -> tuple[Tensor, ...]:
+    return tuple(rearranged(tensor) for tensor in inputs) if channels_last else inputs
 
 
 def _views(batch: Batch, batch_size: int) -> Iterator[Batch]:

@@ -7,11 +7,14 @@ from contextlib import nullcontext
 from time import perf_counter
 
 import torch
+from torch import nn
 
 from fedml_core.data import Examples, batch_of
+from fedml_core.dense import quick_dense
 from fedml_core.devices import choose_device, seeded_torch
 from fedml_core.errors import TaskError
 from fedml_core.forward import Forward, guarded
+from fedml_core.memory_layout import arrange, blames_layout, in_channels_last, ordered_gradients, rearranged
 from fedml_core.task import Task
 from simulations.population import Population
 
@@ -36,17 +39,32 @@ def examples_per_s(task: Task, population: Population, *, device: str = "auto", 
         batch = guarded(_some, "joining the clients' examples", "to measure the limit")(population).to(chosen)
         module = task.build(0).to(chosen)
         module.train()
-        forward = Forward(task, module, "while measuring the limit", nullcontext())
-        weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if in_channels_last("auto", module, chosen):
+            try:
+                return _measured(task, module, batch, chosen, seconds, channels_last=True)
+            except TaskError as error:
+                if not blames_layout(error):
+                    raise
+        return _measured(task, module, batch, chosen, seconds, channels_last=False)
 
-        def step() -> None:
-            losses, _ = forward((batch.inputs, batch.targets, None))
-            gradients = torch.autograd.grad(losses.mean(), weights, allow_unused=True)
-            with torch.no_grad():
-                for weight, gradient in zip(weights, gradients, strict=True):
-                    if gradient is not None:
-                        weight.sub_(gradient, alpha=_RATE)
 
+def _measured(
+    task: Task, module: nn.Module, batch: Examples, chosen: torch.device, seconds: float, *, channels_last: bool
+) -> float:
+    arrange(module, channels_last=channels_last)
+    inputs = tuple(rearranged(t) for t in batch.inputs) if channels_last else batch.inputs
+    forward = Forward(task, module, "while measuring the limit", nullcontext())
+    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    def step() -> None:
+        losses, _ = forward((inputs, batch.targets, None))
+        gradients = torch.autograd.grad(losses.mean(), weights, allow_unused=True)
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                if gradient is not None:
+                    weight.sub_(gradient, alpha=_RATE)
+
+    with quick_dense(module, chosen), ordered_gradients(module) if channels_last else nullcontext():
         step()
         return BATCH_SIZE * max(_best(step, chosen, seconds / 2, threads) for threads in {1, torch.get_num_threads()})
 

@@ -55,6 +55,8 @@ def test_a_simulation_imports_nothing_that_it_does_not_use(tmp_path: Path) -> No
     unused = {"flwr", "matplotlib", "opacus", "dp_accounting", "sklearn", "scipy", "pandas", "cryptography", "grpc"}
     assert not packages(found) & unused
     assert "simulations.flower_grid" not in found
+    # A second and a half of torch's compiler and its algebra, which no step of plain SGD needs.
+    assert not {"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy"} & set(found)
 
 
 def test_reading_a_run_file_does_not_wake_torchs_compiler(tmp_path: Path) -> None:

@@ -9,19 +9,28 @@ from typing import ClassVar
 
 from clients.client import Client
 from fedml_core.errors import ConfigError, TaskError
+from fedml_core.memory_layout import MemoryLayout
 from fedml_core.messages import Arrival, Assignment
 from simulations.engines.engine import Engine, Session, Stage, arrival_of
 from simulations.prefetch import announce
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sequential(Engine):
-    """Trains clients one after the other."""
+    """Trains clients one after the other.
 
+    `memory_layout`: of the model and of batches of images: "auto", which is channels-last for 2-d convolutions (the
+    same in every run of a model on a kind of device), "channels_last" or "contiguous". `deterministic`: only algorithms
+    of torch that give the same bits each time, which matters on a GPU; one that it lacks ends the run, named.
+    """
+
+    memory_layout: MemoryLayout = "auto"
+    deterministic: bool = False
     name: ClassVar[str] = "sequential"
 
     def open(self, stage: Stage) -> Session:
         """Return a session that shares one trainer among all clients."""
+        stage.trainer.configure(self.memory_layout, deterministic=self.deterministic, tell=stage.tell)
         return OneByOne(stage, self.skip_failures)
 
 

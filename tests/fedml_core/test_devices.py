@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -108,3 +112,70 @@ def test_small_dense_models_take_one_thread_and_give_the_others_back() -> None:
     with devices.seeded_torch(0, torch.device("cpu")):
         assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
+
+
+def test_deterministic_torch_lasts_as_long_as_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with pytest.raises(KeyError), devices.deterministic_torch():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_deterministic_torch_keeps_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with devices.deterministic_torch():
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with devices.deterministic_torch(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_deterministic_trainer_trains_and_evaluates_so_and_names_what_cannot_be() -> None:
+    seen: list[bool] = []
+
+    class Watching(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return super().forward(x)
+
+    task = classification(lambda: Watching(5, 3))
+    trainer = TorchTrainer(task, device="cpu", deterministic=True)
+    update = trained(trainer, labelled())
+    trainer.evaluate(trainer.initial(), labelled())
+    assert len(seen) > 2 and all(seen) and not torch.are_deterministic_algorithms_enabled()
+    assert torch.equal(update.values, trained(TorchTrainer(task, device="cpu"), labelled()).values)
+
+
+def test_keeping_freed_memory_spares_the_system_from_handing_it_out_again() -> None:
+    if platform.libc_ver()[0] != "glibc":
+        assert not devices.keep_freed_memory()
+        pytest.skip("only glibc can")
+    code = (
+        "import resource, sys, torch; from fedml_core.devices import keep_freed_memory; "
+        "assert sys.argv[1] == 'default' or keep_freed_memory()\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(5): torch.zeros(20 << 20)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(); print(faults())"
+    )
+    counts = []
+    for how in ("default", "keep"):
+        command = [sys.executable, "-c", code, how]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        counts.append(int(done.stdout))
+    # 5 times 80 MiB are 102,400 pages of 4 KiB, and 200 where the system hands out 2 MiB at a time.
+    assert counts[0] >= 200
+    assert counts[1] < 20
