@@ -8,10 +8,12 @@ Trust: whoever knows an agreed secret and the session knows the keys; the server
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import os
-from typing import Self, final
+import struct
+from typing import NoReturn, Self, final
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -26,6 +28,7 @@ __all__ = ["KEY_SIZE", "TAG_SIZE", "KeyPair", "commitment", "derive", "encoded",
 
 KEY_SIZE = 32
 TAG_SIZE = 16
+_NUMBER = struct.Struct(">cQQ")
 _DOMAIN = "fedveil/secagg/1"
 # Fixed: every sealing key is derived for one session and one direction, and a sender seals once to each receiver.
 _NONCE = bytes(12)
@@ -38,13 +41,15 @@ class KeyPair:
     Guarantees: neither the `repr` of a pair nor pickling it gives away the secret half.
     """
 
-    __slots__ = ("_secret", "public")
+    __slots__ = ("_private", "_secret", "public")
 
     def __init__(self, secret: Secret) -> None:
         if len(secret) != KEY_SIZE:
             raise SecureAggregationError(f"a secret key must have {KEY_SIZE} bytes, got {len(secret)}")
         self._secret = secret
-        self.public = X25519PrivateKey.from_private_bytes(secret.view()).public_key().public_bytes_raw()
+        # Kept as long as the secret: to make it anew costs as much as an agreement. The library wipes what it frees.
+        self._private: X25519PrivateKey | None = X25519PrivateKey.from_private_bytes(secret.view())
+        self.public = self._private.public_key().public_bytes_raw()
 
     @classmethod
     def fresh(cls) -> Self:
@@ -77,9 +82,11 @@ class KeyPair:
         Guarantees: a public key that would make the secret known to everybody (a point of low order) is refused.
         Raises: SecureAggregationError: naming the peer, if its public key is refused.
         """
+        self._secret.view()  # raises once the secret was wiped, by whoever
         try:
             known = X25519PublicKey.from_public_bytes(public)
-            shared = X25519PrivateKey.from_private_bytes(self._secret.view()).exchange(known)
+            private = self._private or X25519PrivateKey.from_private_bytes(self._secret.view())
+            shared = private.exchange(known)
         except ValueError as error:
             raise SecureAggregationError(
                 f"the public key of member {peer} is refused: it is not a point that keeps a secret"
@@ -92,6 +99,7 @@ class KeyPair:
 
     def wipe(self) -> None:
         """Overwrite the secret half; the public one stays."""
+        self._private = None
         self._secret.wipe()
 
     def __enter__(self) -> Self:
@@ -101,6 +109,10 @@ class KeyPair:
     def __exit__(self, *_: object) -> None:
         """Wipe the secret half."""
         self.wipe()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied."""
+        raise SecureAggregationError("a key pair holds a secret and is neither copied nor stored")
 
     def __repr__(self) -> str:
         """Return the public half."""
@@ -114,7 +126,7 @@ def derive(secret: SecretBytes, purpose: str, session: bytes, *members: int) -> 
     Raises: SecureAggregationError: if a member's number is not one.
     """
     key = bytearray(KEY_SIZE)
-    info = encoded(_DOMAIN, purpose, session, *members)
+    info = _beginning(3 + len(members), _DOMAIN, purpose, session) + b"".join(map(_encoded_part, members))
     HKDF(algorithm=hashes.SHA256(), length=KEY_SIZE, salt=None, info=info).derive_into(_view(secret), key)
     return Secret.taking(key)
 
@@ -126,7 +138,7 @@ def seal(agreed: SecretBytes, plain: SecretBytes, session: bytes, sender: int, r
     may send again, byte for byte.
     """
     with derive(agreed, "share", session, sender, receiver) as key:
-        return AESGCM(key.view()).encrypt(_NONCE, _view(plain), encoded("box", session, sender, receiver))
+        return AESGCM(key.view()).encrypt(_NONCE, _view(plain), _box(session, sender, receiver))
 
 
 def open_sealed(agreed: SecretBytes, box: bytes, session: bytes, sender: int, receiver: int) -> Secret:
@@ -140,12 +152,16 @@ def open_sealed(agreed: SecretBytes, box: bytes, session: bytes, sender: int, re
     plain = bytearray(size)
     with derive(agreed, "share", session, sender, receiver) as key:
         try:
-            AESGCM(key.view()).decrypt_into(_NONCE, box, encoded("box", session, sender, receiver), plain)
+            AESGCM(key.view()).decrypt_into(_NONCE, box, _box(session, sender, receiver), plain)
         except InvalidTag:
             raise SecureAggregationError(
                 f"the box of member {sender} does not open: it was changed, or sealed for another session or member"
             ) from None
     return Secret.taking(plain)
+
+
+def _box(session: bytes, sender: int, receiver: int) -> bytes:
+    return _beginning(4, "box", session) + _encoded_part(sender) + _encoded_part(receiver)
 
 
 def commitment(secret: SecretBytes, purpose: str = "seed") -> bytes:
@@ -171,10 +187,18 @@ def encoded(*parts: bytes | str | int) -> bytes:
 
     Raises: SecureAggregationError: if a number is negative or needs more than 8 bytes, or a part is of another type.
     """
-    return len(parts).to_bytes(4, "big") + b"".join(_encoded_part(part) for part in parts)
+    return len(parts).to_bytes(4, "big") + b"".join(map(_encoded_part, parts))
+
+
+@functools.lru_cache(maxsize=64)
+def _beginning(count: int, *parts: bytes | str) -> bytes:
+    """Return how a list of `count` parts begins, for lists of which only the numbers at the end are new."""
+    return count.to_bytes(4, "big") + b"".join(map(_encoded_part, parts))
 
 
 def _encoded_part(part: bytes | str | int) -> bytes:
+    if type(part) is int and 0 <= part < 1 << 64:
+        return _NUMBER.pack(b"i", 8, part)
     if isinstance(part, bytes):
         kind, data = b"b", part
     elif isinstance(part, str):
