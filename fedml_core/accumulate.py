@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -34,16 +34,30 @@ class Accumulator(ABC):
         self.weight = 0.0
         self.sums: dict[str, float] = {}
 
-    def add(self, update: Update) -> None:
-        """Add an update of one client, or of K.
+    def add(self, update: Update, clients: Sequence[int] = ()) -> None:
+        """Add an update of one client, or of K, whose numbers are `clients`; few accumulators want to know them.
 
         Raises: ReplyError: if it must not reach a sum; then nothing has changed.
         """
         check_update(update, self.size, self.max_weight)
-        self._add_values(update.values.detach())
-        self.count += math.prod(update.lead)
-        self.weight += float(update.weight.sum())
-        self._add_sums({name: float(value.sum()) for name, value in update.sums.items()})
+        self._take(update.values.detach(), update)
+
+    @property
+    def takes_totals(self) -> bool:
+        """Return whether the sum of K updates says as much as each of them, so that `add_total` works."""
+        return False
+
+    def add_total(self, values: Tensor, reports: Update) -> None:
+        """Add the sum `values` (d,) of K updates; `reports` is what came with them, its own values of shape (K, 0).
+
+        A sum that is finite proves every update finite, as NaN and infinity survive addition.
+        Raises: ReplyError: if one of them must not reach a sum, or the sum is not finite; then nothing has changed.
+        """
+        if not self.takes_totals:
+            raise StrategyError(f"{type(self).__name__} needs every update by itself; add them one by one")
+        check_update(Update(values, torch.ones((), dtype=torch.float64)), self.size, math.inf)
+        check_update(reports, 0, self.max_weight)
+        self._take(values.detach(), reports)
 
     def merge(self, other: Self) -> None:
         """Add what another accumulator of the same kind and size has taken."""
@@ -59,6 +73,12 @@ class Accumulator(ABC):
     def total(self) -> Total:
         """Return the total of what was added so far; of nothing, zeros."""
         return Total(self._total_values(), self.weight, self.count, dict(self.sums))
+
+    def _take(self, values: Tensor, reports: Update) -> None:
+        self._add_values(values)
+        self.count += math.prod(reports.lead)
+        self.weight += float(reports.weight.sum())
+        self._add_sums({name: float(value.sum()) for name, value in reports.sums.items()})
 
     def _add_sums(self, sums: Mapping[str, float]) -> None:
         for name, value in sums.items():
@@ -83,6 +103,11 @@ class PlainSum(Accumulator):
     def __init__(self, size: int, max_weight: float = math.inf) -> None:
         super().__init__(size, max_weight)
         self._sum: Tensor | None = None
+
+    @property
+    def takes_totals(self) -> bool:
+        """Return whether this is a sum and nothing more, as a subclass may be."""
+        return type(self) is PlainSum
 
     def _add_values(self, values: Tensor) -> None:
         if values.dim() == 1:
@@ -117,9 +142,9 @@ class Collect(Accumulator):
         self._rows: list[Tensor] = []
         self._weights: list[Tensor] = []
 
-    def add(self, update: Update) -> None:
+    def add(self, update: Update, clients: Sequence[int] = ()) -> None:
         """Add an update of one client, or of K, and keep it."""
-        super().add(update)
+        super().add(update, clients)
         self._weights.append(update.weight.detach().reshape(-1).clone())
 
     def _add_values(self, values: Tensor) -> None:

@@ -6,7 +6,7 @@ single replies and put together again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedml_core.accumulate import Accumulator
@@ -29,10 +29,12 @@ class BulkArrival:
 class GatheredArrival:
     """What a worker has checked and added up already.
 
-    `accepted`: the clients in the sum. `excluded`: client, rule and reason of each that is not.
+    `accepted`: the clients in the sum. `excluded`: client, rule and reason of each that is not. `parts`: by client,
+    the messages that came with its share of a secure sum.
     """
 
     accepted: Sequence[int]
     excluded: Sequence[tuple[int, str, str]]
     accumulator: Accumulator = field(repr=False)
     size_bytes: int
+    parts: Mapping[int, Mapping[str, bytes]] = field(default_factory=dict, repr=False)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Not used below: subclassing makes a class known by name, and a client that imports only this module must be able to
@@ -27,15 +29,22 @@ from fedml_core.untrusted import as_number, as_table, as_text, as_whole, printab
 from fedml_core.update import Update
 from fedml_core.wire import Frame, from_frame, to_frame
 
+if TYPE_CHECKING:
+    from fedml_core.secagg.encoding import RingEncoding
+
 
 @dataclass(frozen=True)
 class TrainWork:
-    """Train, run the pipeline's client half, send the update. `seed` shuffles and drops out; it protects nothing."""
+    """Train, run the pipeline's client half, send the update. `seed` shuffles and drops out; it protects nothing.
+
+    `ring`: how a simulation's engine adds updates up as ring vectors, or None; it never crosses a wire.
+    """
 
     training: Training
     pipeline: Transform = field(default_factory=Chain)
     told: State = field(default_factory=dict, repr=False)
     seed: int = 0
+    ring: RingEncoding | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,19 @@ class EvaluateWork:
     batch_size: int = 256
 
 
-Work = TrainWork | EvaluateWork
+@dataclass(frozen=True)
+class SecureWork:
+    """One exchange of a secure sum: `stage` names it, `parts` are messages of the protocol, by name.
+
+    `train`: what to train before the masks go on, in the exchange where they do.
+    """
+
+    stage: str
+    parts: Mapping[str, bytes] = field(repr=False)
+    train: TrainWork | None = None
+
+
+Work = TrainWork | EvaluateWork | SecureWork
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class SecureAnswer:
+    """A client's messages in one exchange of a secure sum, by name, and its masked vector where one is due.
+
+    `vector`: unsigned ring elements of shape (length,); uniform to whoever knows none of the masks.
+    """
+
+    parts: Mapping[str, bytes] = field(repr=False)
+    vector: NDArray[Any] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
 class Refusal:
     """The client's own policy said no: which rule, and the numbers."""
 
@@ -82,7 +114,7 @@ class Failure:
     reason: str
 
 
-Body = Update | Evaluation | Refusal | Failure
+Body = Update | Evaluation | SecureAnswer | Refusal | Failure
 
 
 @dataclass(frozen=True)
@@ -122,6 +154,10 @@ class Channel(Protocol):
         """
         ...
 
+    def deliver(self, assignments: Mapping[int, Assignment], timeout_s: float | None) -> Iterator[Arrived]:
+        """Do as `exchange` with an assignment for each client."""
+        ...
+
 
 def assignment_to_frame(assignment: Assignment) -> Frame:
     """Return the wire form of an assignment."""
@@ -134,16 +170,33 @@ def assignment_to_frame(assignment: Assignment) -> Frame:
     }
     if isinstance(work, EvaluateWork):
         return to_frame("evaluate", {**body, "batch_size": work.batch_size})
-    return to_frame(
-        "train",
-        {
-            **body,
-            "training": work.training.model_dump(exclude_unset=True),
-            "pipeline": work.pipeline.to_config(),
-            "told": work.told,
-            "seed": work.seed,
-        },
-    )
+    if isinstance(work, SecureWork):
+        train = None if work.train is None else _train_body(work.train)
+        return to_frame("secure", {**body, "stage": work.stage, "parts": _as_arrays(work.parts), "train": train})
+    return to_frame("train", {**body, **_train_body(work)})
+
+
+def _train_body(work: TrainWork) -> dict[str, Any]:
+    return {
+        "training": work.training.model_dump(exclude_unset=True),
+        "pipeline": work.pipeline.to_config(),
+        "told": work.told,
+        "seed": work.seed,
+    }
+
+
+def _as_arrays(parts: Mapping[str, bytes]) -> dict[str, NDArray[np.uint8]]:
+    return {name: np.frombuffer(data, np.uint8) for name, data in parts.items()}
+
+
+def _as_parts(tree: Any) -> dict[str, bytes]:
+    """Return a secure exchange's messages, each of which must be plain bytes."""
+    parts: dict[str, bytes] = {}
+    for name, data in as_table(tree).items():
+        if not isinstance(data, Tensor) or data.dtype != torch.uint8 or data.dim() != 1:
+            raise ValueError("a message of a secure sum must be bytes")
+        parts[as_text(name)] = data.numpy().tobytes()
+    return parts
 
 
 def assignment_from_frame(frame: Frame) -> Assignment:
@@ -167,10 +220,17 @@ def _work(kind: str, body: Mapping[str, Any]) -> Work:
     if kind == "evaluate":
         return EvaluateWork(as_whole(body["batch_size"]))
     if kind == "train":
-        training = Training(**as_table(body["training"]))
-        pipeline = Transform.from_config(body["pipeline"], "the assignment's pipeline")
-        return TrainWork(training, pipeline, as_table(body["told"]), as_whole(body["seed"]))
-    raise ValueError(f"an assignment is 'train' or 'evaluate', got {kind!r:.80}")
+        return _train_work(body)
+    if kind == "secure":
+        train = None if body["train"] is None else _train_work(as_table(body["train"]))
+        return SecureWork(as_text(body["stage"]), _as_parts(body["parts"]), train)
+    raise ValueError(f"an assignment is 'train', 'evaluate' or 'secure', got {kind!r:.80}")
+
+
+def _train_work(body: Mapping[str, Any]) -> TrainWork:
+    training = Training(**as_table(body["training"]))
+    pipeline = Transform.from_config(body["pipeline"], "the assignment's pipeline")
+    return TrainWork(training, pipeline, as_table(body["told"]), as_whole(body["seed"]))
 
 
 def reply_to_frame(reply: Reply) -> Frame:
@@ -182,6 +242,9 @@ def reply_to_frame(reply: Reply) -> Frame:
         return to_frame("update", {**head, "values": body.values, "weight": float(body.weight), "sums": sums})
     if isinstance(body, Evaluation):
         return to_frame("evaluation", {**head, "sums": dict(body.sums)})
+    if isinstance(body, SecureAnswer):
+        vector = {} if body.vector is None else {"vector": body.vector}
+        return to_frame("answer", {**head, "parts": _as_arrays(body.parts), **vector})
     kind = "refusal" if isinstance(body, Refusal) else "failure"
     return to_frame(kind, {**head, "rule": body.rule, "reason": body.reason})
 
@@ -212,6 +275,11 @@ def _reply_body(kind: str, tree: Mapping[str, Any]) -> Body:
         return Update.of(values, as_number(tree["weight"]), **_sums(tree))
     if kind == "evaluation":
         return Evaluation(_sums(tree))
+    if kind == "answer":
+        vector = tree.get("vector")
+        if vector is not None and (not isinstance(vector, Tensor) or vector.dim() != 1):
+            raise TypeError("a masked vector must be one array")
+        return SecureAnswer(_as_parts(tree["parts"]), None if vector is None else vector.numpy())
     if kind in ("refusal", "failure"):
         made = Refusal if kind == "refusal" else Failure
         return made(printable(as_text(tree["rule"]), 80), printable(as_text(tree["reason"]), 500))

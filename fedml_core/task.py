@@ -59,6 +59,11 @@ class Task:
         metrics = {"mae": absolute_error, **rest.pop("metrics", {})}
         return cls(model=model, **{"loss": squared_error, "derive": _root_mean_square, **rest, "metrics": metrics})
 
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """Return the names of what every client's training reports as sums."""
+        return ("examples", "loss", *self.metrics)
+
     def build(self, seed: int) -> nn.Module:
         """Return the model with the initial weights of `seed`; the caller's random state is not touched.
 

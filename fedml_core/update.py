@@ -72,13 +72,15 @@ class Update:
 class Total:
     """The sum of `count` updates, and on its way through `decode` the step that it becomes.
 
-    `values`: float32, (d,); `weight`: the summed weights; `sums`: the summed facts; `count`: contributions.
+    `values`: float32, (d,); `weight`: the summed weights; `sums`: the summed facts; `count`: contributions. `facts`:
+    what taking the sum itself reported, such as how many coordinates a secure sum clipped.
     """
 
     values: Tensor = field(repr=False)
     weight: float
     count: int
     sums: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     def replace(self, **changes: object) -> Total:
         """Return a copy with some fields changed."""

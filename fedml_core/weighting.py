@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedml_core.errors import ReplyError, StrategyError
 from fedml_core.named import Named
-from fedml_core.transform import Draws, State, Transform
+from fedml_core.transform import Chain, Draws, State, Transform
 from fedml_core.update import Total, Update
 
 
 @dataclass(frozen=True)
 class Weighting(Named):
-    """Gives each client's weight from what it reports about itself. Subclass it to weigh by anything else."""
+    """Gives each client's weight from what it reports about itself. Subclass it to weigh by anything else.
+
+    `reads_values`: whether `weight` reads the update's values. A class whose `weight` does not says so beside it, and
+    engines may then add updates up without making them.
+    """
+
+    reads_values: ClassVar[bool] = True
 
     def weight(self, update: Update) -> Tensor:
         """Return the weights, float64 of shape (...), for an update of leading shape (...)."""
         raise StrategyError(f"{type(self).__name__} must define weight(update)")
 
+    @classmethod
+    def ignores_values(cls) -> bool:
+        """Return whether the class that defines `weight` says that it reads no values; a subclass's is not believed."""
+        definer = next(kind for kind in cls.__mro__ if "weight" in vars(kind))
+        return vars(definer).get("reads_values", True) is False
+
 
 @dataclass(frozen=True)
 class ByExamples(Weighting):
     """Weigh by the (weighted) number of training examples: FedAvg's own rule (McMahan et al. 2017, Algorithm 1)."""
+
+    reads_values: ClassVar[bool] = False
 
     def weight(self, update: Update) -> Tensor:
         """Return the client's summed example weights."""
@@ -36,6 +51,8 @@ class ByExamples(Weighting):
 @dataclass(frozen=True)
 class Uniform(Weighting):
     """Weigh every client alike: weight 1."""
+
+    reads_values: ClassVar[bool] = False
 
     def weight(self, update: Update) -> Tensor:
         """Return ones."""
@@ -51,6 +68,7 @@ class ByMetric(Weighting):
 
     metric: str
     power: float = 1.0
+    reads_values: ClassVar[bool] = False
 
     def weight(self, update: Update) -> Tensor:
         """Return the metric's average over the client's examples, to the given power."""
@@ -58,7 +76,50 @@ class ByMetric(Weighting):
 
 
 @dataclass(frozen=True)
-class Weigh(Transform):
+class Scaling(Transform, ABC):
+    """A transform whose client half does no more than multiply a client's values by one number, its new weight."""
+
+    @abstractmethod
+    def factor(self, update: Update) -> Tensor:
+        """Return the factors, float64 of shape (...), for an update of leading shape (...)."""
+
+    def ignores_values(self) -> bool:
+        """Return whether the factor is the same whatever the values are."""
+        return False
+
+    def encode(self, update: Update, told: State, memory: State, draws: Draws) -> tuple[Update, State]:
+        """Return the values times the factors; these replace the update's own weights."""
+        factor = self.factor(update)
+        return update.replace(values=update.values * factor.unsqueeze(-1).to(update.values), weight=factor), memory
+
+
+def scaled_reports(pipeline: Transform, reports: Update) -> tuple[Tensor, Update] | None:
+    """Return what `pipeline` multiplies K clients' values by, float64 (K,), and what it makes of their reports.
+
+    None where its client half does anything else, or reads the values: `reports` has none.
+    Raises: ReplyError: as the pipeline's own encode.
+    """
+    factors = torch.ones(reports.lead, dtype=torch.float64)
+    for part in _parts(pipeline):
+        kind = type(part)
+        if kind.memory is not Transform.memory or kind.encoded_size is not Transform.encoded_size:
+            return None
+        if isinstance(part, Scaling) and kind.encode is Scaling.encode and part.ignores_values():
+            factor = part.factor(reports)
+            factors, reports = factors * factor, reports.replace(weight=factor)
+        elif kind.encode is not Transform.encode:
+            return None
+    return factors, reports
+
+
+def _parts(pipeline: Transform) -> list[Transform]:
+    if type(pipeline) is not Chain:
+        return [pipeline]
+    return [inner for part in pipeline.parts for inner in _parts(part)]
+
+
+@dataclass(frozen=True)
+class Weigh(Scaling):
     """The mean: the client multiplies its values by its weight, the server divides the sum by the summed weights.
 
     Guarantees: decode(sum(encode(u_i))) = sum(w_i u_i) / sum(w_i), up to float32 rounding; zeros for an empty cohort.
@@ -66,11 +127,13 @@ class Weigh(Transform):
 
     by: Weighting = ByExamples()
 
-    def encode(self, update: Update, told: State, memory: State, draws: Draws) -> tuple[Update, State]:
-        """Return the weighted values; the weights replace the update's own."""
-        weight = self.by.weight(update)
-        values = update.values * weight.unsqueeze(-1).to(update.values)
-        return update.replace(values=values, weight=weight), memory
+    def factor(self, update: Update) -> Tensor:
+        """Return the weights."""
+        return self.by.weight(update)
+
+    def ignores_values(self) -> bool:
+        """Return whether the weights are the same whatever the values are."""
+        return self.by.ignores_values()
 
     def decode(self, total: Total, state: State, draws: Draws) -> tuple[Total, State]:
         """Return the weighted mean."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fedml_core.errors import ReplyError, RunError
 from fedml_core.handshake import Goodbye, Hello, NotGreetedError, greeting_to_frame
@@ -77,28 +77,33 @@ class FleetChannel:
         return sorted(members)
 
     def exchange(self, assignment: Assignment, cohort: Sequence[int], timeout_s: float | None) -> Iterator[Arrival]:
-        """Send `assignment` to each client of `cohort` and yield replies as they arrive, until all did or time is up.
+        """Send `assignment` to each client of `cohort` and yield replies as they arrive, as `deliver` does."""
+        return self.deliver(dict.fromkeys(cohort, assignment), timeout_s)
+
+    def deliver(self, assignments: Mapping[int, Assignment], timeout_s: float | None) -> Iterator[Arrival]:
+        """Send each client its assignment and yield replies as they arrive, until all did or time is up.
 
         A client that is lost on the way yields a `Failure` with rule `lost`; one whose reply is none, `malformed`; one
         whose process raised, `crashed`. What is not answered in time is cancelled, and never seen again.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        here = {number: self._reception.members.get(number) for number in cohort}
-        frame = assignment_to_frame(assignment)
+        here = {number: self._reception.members.get(number) for number in assignments}
         numbers = {member.node: number for number, member in here.items() if member is not None}
-        waiting = {
-            message_id: numbers[node] for message_id, node in self._link.push(dict.fromkeys(numbers, frame)).items()
-        }
+        # Clients with one and the same assignment are sent one and the same frame.
+        frames = {id(assignment): assignment_to_frame(assignment) for assignment in assignments.values()}
+        letters = {node: frames[id(assignments[number])] for node, number in numbers.items()}
+        waiting = {message_id: numbers[node] for message_id, node in self._link.push(letters).items()}
         try:
             for number in [number for number, member in here.items() if member is None]:
-                yield self._failed(assignment, number, Failure("lost", "it left before it was asked"))
+                yield self._failed(assignments[number], number, Failure("lost", "it left before it was asked"))
             while waiting:
                 left_s = _TICK_S if deadline is None else min(_TICK_S, deadline - time.monotonic())
                 if left_s <= 0:
                     break
                 for message_id, back in self._turn(left_s):
                     if message_id in waiting:
-                        yield self._arrived(assignment, waiting.pop(message_id), back)
+                        number = waiting.pop(message_id)
+                        yield self._arrived(assignments[number], number, back)
         finally:
             self._link.cancel(list(waiting))
 

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from fedml_core.accumulate import Accumulator
 from fedml_core.bulk import BulkArrival, GatheredArrival
 from fedml_core.errors import ReplyError, StrategyError
-from fedml_core.messages import Arrival, Arrived, Assignment, Body, Evaluation, Failure, Refusal
+from fedml_core.messages import Arrival, Arrived, Assignment, Body, Evaluation, Failure, Refusal, SecureAnswer
 from fedml_core.spans import span
 from fedml_core.update import Update, check_sums
+
+Done = Update | Evaluation | SecureAnswer
+"""A body that is neither a refusal nor a failure."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Intake:
     def _take_one(self, arrival: Arrival) -> None:
         try:
             self._check_envelope(arrival)
-            self.accept(_work_done(arrival.reply.body))
+            self.accept(arrival.client, _work_done(arrival.reply.body))
         except ReplyError as error:
             self._exclude(arrival.client, error)
         else:
@@ -74,8 +77,8 @@ class Intake:
             raise StrategyError("an engine returned replies of clients that were not asked, or twice; this is a bug")
         self._seen |= new
 
-    def accept(self, body: Update | Evaluation) -> None:
-        """Add the body to what this intake gathers, or raise ReplyError."""
+    def accept(self, client: int, body: Done) -> None:
+        """Add a client's body to what this intake gathers, or raise ReplyError."""
         raise ReplyError("kind", f"an intake of {type(self).__name__} takes no {type(body).__name__.lower()}")
 
     @property
@@ -109,14 +112,14 @@ class UpdateIntake(Intake):
         super().__init__(assignment, cohort)
         self.accumulator = accumulator
 
-    def accept(self, body: Update | Evaluation) -> None:
+    def accept(self, client: int, body: Done) -> None:
         """Add an update to the sum."""
         if not isinstance(body, Update):
-            raise ReplyError("kind", "an update was asked for, an evaluation came")
+            raise ReplyError("kind", f"an update was asked for, {_kind(body)} came")
         if body.lead:
             raise ReplyError("shape", f"one client's update must be one vector, got {tuple(body.values.shape)}")
         with span("accumulate"):
-            self.accumulator.add(body)
+            self.accumulator.add(body, (client,))
 
     def accept_bulk(self, arrival: BulkArrival | GatheredArrival) -> None:
         """Add K updates at once, or what a worker has added up; of K, exclude those that must not reach a sum."""
@@ -132,11 +135,11 @@ class UpdateIntake(Intake):
             return
         self._see(arrival.clients)
         try:
-            self.accumulator.add(arrival.update)
+            self.accumulator.add(arrival.update, arrival.clients)
         except ReplyError:
             for place, client in enumerate(arrival.clients):
                 try:
-                    self.accumulator.add(arrival.update.row(place))
+                    self.accumulator.add(arrival.update.row(place), (client,))
                 except ReplyError as error:
                     self._exclude(client, error)
                 else:
@@ -152,10 +155,10 @@ class EvaluationIntake(Intake):
         super().__init__(assignment, cohort)
         self.sums: dict[str, float] = {}
 
-    def accept(self, body: Update | Evaluation) -> None:
+    def accept(self, client: int, body: Done) -> None:
         """Add an evaluation's sums."""
         if not isinstance(body, Evaluation):
-            raise ReplyError("kind", "an evaluation was asked for, an update came")
+            raise ReplyError("kind", f"an evaluation was asked for, {_kind(body)} came")
         check_sums(body.sums)
         if not all(math.isfinite(value) for value in body.sums.values()):
             raise ReplyError("non-finite", "an evaluation's sums hold NaN or infinity")
@@ -180,7 +183,11 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
     return {name: value if name == "examples" else value / examples for name, value in sums.items()}
 
 
-def _work_done(body: Body) -> Update | Evaluation:
+def _kind(body: Done) -> str:
+    return {Update: "an update", Evaluation: "an evaluation", SecureAnswer: "a secure answer"}[type(body)]
+
+
+def _work_done(body: Body) -> Done:
     if isinstance(body, Refusal):
         raise ReplyError("refused", f"refused by its policy, rule {body.rule}: {body.reason}")
     if isinstance(body, Failure):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -68,6 +68,10 @@ class PullChannel:
 
     def clients(self, round_number: int) -> Sequence[int]:
         return range(self.count)
+
+    def deliver(self, assignments: Mapping[int, Assignment], timeout_s: float | None) -> Iterator[Arrival]:
+        for number, assignment in assignments.items():
+            yield from self.exchange(assignment, [number], timeout_s)
 
     def exchange(self, assignment: Assignment, cohort: Sequence[int], timeout_s: float | None) -> Iterator[Arrival]:
         self.asked.append((assignment.round, tuple(cohort)))

@@ -7,7 +7,10 @@ from simulations.engines.auto import Auto
 from simulations.engines.engine import Engine
 from simulations.engines.fused import Fused
 from simulations.engines.processes import Processes
+from simulations.engines.ray import Ray
 from simulations.engines.sequential import Sequential
+from simulations.engines.suited import Suited
+from simulations.engines.threaded import Threaded
 from simulations.engines.vectorised import Vectorised
 
-__all__ = ["Auto", "Engine", "Fused", "Processes", "Sequential", "Vectorised"]
+__all__ = ["Auto", "Engine", "Fused", "Processes", "Ray", "Sequential", "Suited", "Threaded", "Vectorised"]

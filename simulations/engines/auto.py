@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from fedml_core.bulk import BulkArrival, GatheredArrival
@@ -20,18 +21,16 @@ from simulations.engines.batched import clients_that_fit
 from simulations.engines.choices import key_of, recall, remember
 from simulations.engines.engine import Engine, Session, Stage
 from simulations.engines.fused import Fused
-from simulations.engines.processes import Processes, available_processors
+from simulations.engines.processes import available_processors
 from simulations.engines.sequential import Sequential
+from simulations.engines.tournament import Match, Timing, Trial, described, fastest, tournament
 from simulations.engines.vectorised import Vectorised
 
-__all__ = ["Auto", "Timing", "Trial", "tournament"]
+__all__ = ["Auto"]
 
-# Processes must be worth their memory.
-_MARGIN = 1.1
-# Clients that are trained one by one to measure that, and before, so that nothing is measured on its first touch.
-_ONE_BY_ONE, _TOUCH = 8, 2
-# The other number of clients at once that is tried, as a multiple of how many fit the caches.
-_FURTHER = 4
+_OUT_OF_MEMORY = "out of memory"  # how the sentence begins that a batched engine says when it halves K
+# How many clients at once are tried, as multiples of how many fit the caches.
+_STEPS = (1, 4, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,28 +56,10 @@ class Auto(Engine):
         return Choosing(self, stage)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What to measure next: `engine` on the next `size` clients, or on a whole round if that is None."""
-
-    engine: Engine
-    size: int | None
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How fast `engine` was, in examples a second (in clients, where none were counted); `able`: it did not give up."""
-
-    engine: Engine
-    rate: float
-    able: bool = True
-
-
 class Choosing(Session):
     """Lets one engine after the other do parts of the cohorts, then leaves everything to the fastest.
 
-    First the engines of this process, on chunks; then worker processes with the winner inside, on whole rounds, which
-    is the only way to see what they cost. All replies count, whoever makes them.
+    `tournament` says what is tried. All replies count, whoever makes them.
     """
 
     def __init__(self, engine: Auto, stage: Stage) -> None:
@@ -87,7 +68,7 @@ class Choosing(Session):
         self._sessions: dict[Engine, Session] = {}
         self._trials: Generator[Trial, Timing, Engine] | None = None
         self._trial: Trial | None = None
-        self._timings: list[Timing] = []
+        self._timings: dict[Engine, Timing] = {}
         self._chosen: Engine | None = None
         self._key = ""
         # A worker process may not have workers of its own.
@@ -115,16 +96,17 @@ class Choosing(Session):
         self._sessions = {}
 
     @property
-    def _plain(self) -> Engine:
+    def _plain(self) -> Sequential:
         return Sequential(skip_failures=self._engine.skip_failures)
 
     @property
     def _for_now(self) -> Engine:
-        return self._chosen or _fastest(self._timings, self._plain)
+        return self._chosen or fastest(list(self._timings.values()), self._plain)
 
     def _session(self, engine: Engine) -> Session:
         if engine not in self._sessions:
-            self._sessions[engine] = engine.open(self._stage)
+            # What trains one by one is left where nothing else is able: what it has to say is for the user.
+            self._sessions[engine] = engine.open(self._real if engine == self._plain else self._stage)
         return self._sessions[engine]
 
     def _hear(self, text: str) -> None:
@@ -139,14 +121,9 @@ class Choosing(Session):
         known = recall(self._key)
         if known is not None and not isinstance(known, Auto):
             self._choose(dataclasses.replace(known, skip_failures=self._engine.skip_failures))
-            self._real.tell(f"engine: {_described(known)}, the fastest for this model and machine before")
+            self._real.tell(f"engine: {described(known)}, the fastest for this model and machine before")
             return
-        self._trials = tournament(
-            self._candidates(cohort),
-            self._workers if self._stage.trainer.device.type == "cpu" else 1,
-            self._plain,
-            skip_failures=self._engine.skip_failures,
-        )
+        self._trials = tournament(self._match(cohort))
         self._go_on(None)
 
     def _measured(self, assignment: Assignment, part: Sequence[int], engine: Engine) -> Iterator[Arrived]:
@@ -161,90 +138,48 @@ class Choosing(Session):
             return
         arrivals = list(session.run(assignment, part))
         seconds = time.perf_counter() - started
-        self._go_on(Timing(engine, _examples(arrivals, len(part)) / seconds, able=len(self._told) == told))
+        new = self._told[told:]
+        crowded = any(line.startswith(_OUT_OF_MEMORY) for line in new)
+        self._go_on(Timing(engine, _examples(arrivals, len(part)) / seconds, seconds, able=not new, crowded=crowded))
         yield from arrivals
 
     def _go_on(self, timing: Timing | None) -> None:
         assert self._trials is not None
         if timing is not None and timing.able:
-            # An engine's last timing is the one that counted.
-            self._timings = [one for one in self._timings if one.engine != timing.engine] + [timing]
+            known = self._timings.get(timing.engine, timing)
+            self._timings[timing.engine] = timing if timing.rate > known.rate else known
         try:
             self._trial = next(self._trials) if timing is None else self._trials.send(timing)
         except StopIteration as end:
             self._choose(end.value)
-            ranked = sorted(self._timings, key=lambda one: -one.rate)
-            rates = ", ".join(f"{_described(one.engine)} {one.rate:,.0f}/s" for one in ranked)
+            ranked = sorted(self._timings.values(), key=lambda one: -one.rate)
+            rates = ", ".join(f"{described(one.engine)} {one.rate:,.0f}/s" for one in ranked)
             self._real.tell(
-                f"engine: {_described(end.value)}, the fastest here (examples: {rates or 'one engine only'})"
+                f"engine: {described(end.value)}, the fastest here (examples: {rates or 'one engine only'})"
             )
             remember(self._key, dataclasses.replace(end.value, skip_failures=False))
 
-    def _measurements(self) -> str:
-        ranked = sorted(self._timings, key=lambda one: -one.rate)
-        rates = ", ".join(f"{_described(one.engine)} {one.rate:,.0f}" for one in ranked)
-        return f"examples a second: {rates}" if rates else "there was no other to measure"
-
-    def _candidates(self, cohort: int) -> list[tuple[Engine, int]]:
-        """Return the engines of this process and how many clients each is tried on."""
+    def _match(self, cohort: int) -> Match:
+        """Return who takes part."""
         skip, stage = self._engine.skip_failures, self._stage
-        engines: list[tuple[Engine, int]] = []
+        on_cpu = stage.trainer.device.type == "cpu"
         fit = min(clients_that_fit(stage), cohort)
+        sizes = sorted({min(fit * step, cohort) for step in _STEPS})
         convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in stage.task.build(0).modules())
         # Convolutions of several clients at once only tie with one by one on a CPU, and take gigabytes.
-        if stage.trainer.device.type != "cpu" or not convolves:
-            sizes = sorted({fit, min(_FURTHER * fit, cohort)})
-            for kind in (Fused, Vectorised):
-                engines += [(kind(clients_at_once=size, skip_failures=skip), size) for size in sizes]
-        return [*engines, (self._plain, min(_ONE_BY_ONE, cohort))]
+        kinds = () if on_cpu and convolves else (Fused, Vectorised) if on_cpu else (Vectorised,)
+        return Match(
+            [[kind(clients_at_once=size, skip_failures=skip) for size in sizes] for kind in kinds],
+            self._plain,
+            cohort,
+            torch.get_num_threads() if on_cpu else 1,
+            self._workers if on_cpu else 1,
+        )
 
     def _choose(self, engine: Engine) -> None:
         self._chosen, self._trial = engine, None
         for other in [other for other in self._sessions if other != engine]:
             self._sessions.pop(other).close()
-
-
-def tournament(
-    candidates: Sequence[tuple[Engine, int]], workers: int, plain: Engine, *, skip_failures: bool
-) -> Generator[Trial, Timing, Engine]:
-    """Yield what to measure, be sent how fast it was, and return the winner.
-
-    Args: candidates: engines of one process, each with how many clients to try it on. workers: how many processes may
-        share the work; with 1, none do. plain: what is left where no other engine is able.
-    """
-    timings: list[Timing] = []
-    for engine, size in candidates if len(candidates) > 1 else ():
-        if isinstance(engine, Vectorised) and any(isinstance(one.engine, Fused) for one in timings):
-            continue  # what is written by hand for such a model beats what is not
-        # What is measured is the second time: the first touch of anything is slow.
-        first = yield Trial(engine, min(size, _TOUCH) if isinstance(engine, Sequential) else size)
-        timing = (yield Trial(engine, size)) if first.able else first
-        if timing.able:
-            timings.append(timing)
-    best = _fastest(timings, plain)
-    if workers == 1:
-        return best
-    inner = dataclasses.replace(best, skip_failures=False)
-    shared = Processes(workers=workers, inner=inner, skip_failures=skip_failures)
-    rates = []
-    for engine in (best, shared):
-        first = yield Trial(engine, None)
-        timing = (yield Trial(engine, None)) if first.able else first
-        rates.append(timing.rate if timing.able else 0.0)
-    return shared if rates[1] > _MARGIN * rates[0] else best
-
-
-def _fastest(timings: Sequence[Timing], otherwise: Engine) -> Engine:
-    best = max(timings, key=lambda timing: timing.rate, default=None)
-    return otherwise if best is None else best.engine
-
-
-def _described(engine: Engine) -> str:
-    if isinstance(engine, Processes):
-        return f"{engine.workers} processes of {_described(engine.inner)}"
-    if isinstance(engine, Fused | Vectorised):
-        return f"{engine.name} with {engine.clients_at_once} clients at once"
-    return engine.name
 
 
 def _examples(arrivals: Sequence[Arrived], clients: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -45,6 +45,37 @@ class BatchTrainer(Protocol):
 
     def train(self, work: BatchWork) -> Update:
         """Return the K updates.
+
+        Raises: UnsupportedError: if this trainer cannot do the work; nothing has changed.
+        """
+        ...
+
+
+class Trained(Protocol):
+    """K clients that were trained, for as long as their trainer trains no others."""
+
+    reports: Update
+    """What they report: weights, sums and facts (K,) as in `BatchTrainer.train`, and values of shape (K, 0)."""
+
+    def rows(self) -> Update:
+        """Return the K updates."""
+        ...
+
+    def total(self, factors: Tensor) -> Tensor:
+        """Return the sum (d,) of the values, each times its factor (K,); not finite if one of the values is not."""
+        ...
+
+
+@runtime_checkable
+class SumTrainer(Protocol):
+    """A `BatchTrainer` that can add its clients' updates up without ever making them."""
+
+    def train(self, work: BatchWork) -> Update:
+        """Return the K updates."""
+        ...
+
+    def descend(self, work: BatchWork) -> Trained:
+        """Return the K clients trained.
 
         Raises: UnsupportedError: if this trainer cannot do the work; nothing has changed.
         """

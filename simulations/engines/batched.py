@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from clients.memory import Remembered
-from fedml_core.bulk import BulkArrival
+from fedml_core.bulk import BulkArrival, GatheredArrival
 from fedml_core.checks import require_whole
-from fedml_core.errors import TaskError
+from fedml_core.errors import ReplyError, TaskError
 from fedml_core.messages import Arrived, Assignment, Failure, Reply, TrainWork, reply_to_frame
 from fedml_core.randomness import keyed_coins
 from fedml_core.spans import span
 from fedml_core.transform import Draws, State
 from fedml_core.update import Update
-from simulations.engines.batch_trainer import BatchTrainer, BatchWork, UnsupportedError
+from fedml_core.weighting import scaled_reports
+from simulations.engines.batch_trainer import BatchTrainer, BatchWork, SumTrainer, Trained, UnsupportedError
 from simulations.engines.engine import Engine, Session, Stage, arrival_of
 from simulations.engines.sequential import OneByOne
 from simulations.packing import Packed
@@ -116,10 +117,19 @@ class Chunks(Session):
         memory = _stacked(memories)
         purpose = (work.seed, "client", assignment.round)
         guide = work.pipeline.guide(work.told, memory)
-        with span("compute"):
-            update = self._trainer.train(
-                BatchWork(assignment.parameters, packed, work.training, assignment.round, chunk, purpose, guide)
-            )
+        batch = BatchWork(assignment.parameters, packed, work.training, assignment.round, chunk, purpose, guide)
+        if isinstance(self._trainer, SumTrainer):
+            with span("compute"):
+                trained = self._trainer.descend(batch)
+            self._works = True
+            if (gathered := self._gathered(assignment, work, chunk, trained)) is not None:
+                yield gathered
+                return
+            with span("compute"):
+                update = trained.rows()
+        else:
+            with span("compute"):
+                update = self._trainer.train(batch)
         self._works = True
         draws = Draws.each([(*purpose, number, "encode") for number in chunk])
         with span("transforms"):
@@ -170,6 +180,29 @@ class Chunks(Session):
             update = update.replace(values=update.values.masked_fill(spoilt[:, None], float("nan")))
         one = Reply(assignment.run, assignment.round, int(chunk[0]), assignment.fingerprint, update.row(0))
         return BulkArrival(chunk, update, reply_to_frame(one).size_bytes * len(chunk))
+
+    def _gathered(
+        self, assignment: Assignment, work: TrainWork, chunk: Sequence[int], trained: Trained
+    ) -> GatheredArrival | None:
+        """Return the chunk added up, or None where each update is needed: by somebody, or to say whose is faulty."""
+        accumulator = self._stage.accumulator(assignment)
+        if self._stage.faults.nan or not accumulator.takes_totals:
+            return None
+        try:
+            with span("transforms"):
+                scaled = scaled_reports(work.pipeline, trained.reports)
+            if scaled is None:
+                return None
+            factors, reports = scaled
+            with span("compute"):
+                values = trained.total(factors)
+            with span("accumulate"):
+                accumulator.add_total(values, reports.outgoing())
+        except ReplyError:
+            return None
+        first = reports.outgoing().row(0).replace(values=values)
+        one = Reply(assignment.run, assignment.round, int(chunk[0]), assignment.fingerprint, first)
+        return GatheredArrival(chunk, (), accumulator, reply_to_frame(one).size_bytes * len(chunk))
 
     def _single_arrival(
         self, assignment: Assignment, number: int, body: Update | Failure, fingerprint: str

@@ -11,7 +11,7 @@ from typing import ClassVar
 from clients.memory import MemoryStore
 from clients.torch_trainer import TorchTrainer
 from fedml_core.accumulate import Accumulator
-from fedml_core.messages import Arrival, Arrived, Assignment, Reply, reply_to_frame
+from fedml_core.messages import Arrival, Arrived, Assignment, Reply, TrainWork, reply_to_frame
 from fedml_core.named import Named
 from fedml_core.task import Task
 from simulations.faults import Faults
@@ -38,9 +38,16 @@ class Stage:
     seed: int = 0
     tell: Callable[[str], None] = _log.warning
 
-    def accumulator(self) -> Accumulator:
-        """Return the empty accumulator of one round."""
-        return self.strategy.accumulator(self.trainer.spec)
+    def accumulator(self, assignment: Assignment) -> Accumulator:
+        """Return the empty accumulator of one round's training."""
+        work, spec = assignment.work, self.trainer.spec
+        ring = work.ring if isinstance(work, TrainWork) else None
+        if ring is None:
+            return self.strategy.accumulator(spec)
+        from fedml_core.ring import RingSum  # loads cryptography, which sums in the clear do without
+
+        size = self.strategy.pipeline().encoded_size(spec.size)
+        return RingSum(ring, size, (self.seed, "rounding", assignment.round))
 
 
 class Session(ABC):

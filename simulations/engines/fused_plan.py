@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simulations.engines.fused_stack import Dense
-from simulations.packing import Visits
+from simulations.packing import Packed, Visits
 
 # What one core of today does with all clients' weights in its caches and beyond; the best segment is broad.
 _FLOPS_A_SECOND = 1e11
 _CACHED_BYTES_A_SECOND, _BYTES_A_SECOND, _CACHE_BYTES = 1e11, 2e10, 12 << 20
+# The same of products over all rows at once, and of inner products client by client; what a call costs beside.
+_BROAD_FLOPS_A_SECOND, _INNER_FLOPS_A_SECOND, _CALL_S = 1.5e11, 1e11, 1e-5
 # Below this many steps, one product a segment saves less than the bookkeeping costs.
 _FEWEST = 4
 
@@ -79,6 +81,22 @@ def together(layer: Dense, visits: Visits, *, hidden: bool) -> int:
     if min(best, steps) < _FEWEST:
         return 1
     return steps if steps <= 2 * best else math.ceil(steps / round(steps / best))
+
+
+def dual_pays(layer: Dense, packed: Packed, seen: Visits) -> bool:
+    """Return whether the dual form of the first layer's descent costs less than its weights would."""
+    steps = seen.rows.shape[1]
+    visits, clients, weights = int(seen.counts.sum()), len(seen.rows), layer.inputs * layer.outputs
+    counts = packed.counts.astype(np.float64)
+    cached = 4 * weights * clients <= _CACHE_BYTES
+    # Forward and backward of every visit, and the weights once for each step or once for some together.
+    touch = 12 * weights / (_CACHED_BYTES_A_SECOND if cached else _BYTES_A_SECOND)
+    held = 4 * visits * weights / _FLOPS_A_SECOND + clients * steps * touch / together(layer, seen, hidden=True)
+    broad = 4 * float(counts.sum()) * weights / _BROAD_FLOPS_A_SECOND
+    inner = 2 * float((counts**2).sum()) * layer.inputs / _INNER_FLOPS_A_SECOND
+    # Every step meets all examples of its client.
+    meet = 2 * visits * float(counts.mean()) * layer.outputs / _FLOPS_A_SECOND
+    return broad + inner + meet + clients * _CALL_S < held
 
 
 def _groups(left: NDArray[np.int64], size: int) -> tuple[Group, ...]:

@@ -15,10 +15,12 @@ from fedml_core.task import Metric, Task
 from fedml_core.training import Training
 from fedml_core.update import Update
 from simulations.engines.batch_trainer import BatchWork, UnsupportedError
+from simulations.engines.fused_dual import DualRun
 from simulations.engines.fused_errors import errors_of
-from simulations.engines.fused_plan import segments, together
+from simulations.engines.fused_network import Network
+from simulations.engines.fused_plan import dual_pays, segments, together
 from simulations.engines.fused_stack import stack_of
-from simulations.engines.fused_steps import Run
+from simulations.engines.fused_steps import SegmentedRun
 from simulations.engines.fused_weights import Descent, Workspace
 from simulations.packing import Packed, Visits, visits
 
@@ -39,7 +41,7 @@ class FusedTrainer:
     longest first, save a copy of the result. One trainer serves one thread at a time; it keeps its working memory.
 
     Args: seed: of the initial weights. together: in how many steps' worth of rows the first layer's weights are
-        touched; None for what the shapes suggest.
+        touched; 0 for never, None for what the shapes suggest.
     Raises: UnsupportedError: naming the layer or the loss that it cannot do; TaskError: if the model cannot be built.
     """
 
@@ -49,24 +51,33 @@ class FusedTrainer:
         self._metrics, self._classes = dict(task.metrics), task.classes
         self._together, self._workspace = together, Workspace()
 
-    @torch.no_grad()
     def train(self, work: BatchWork) -> Update:
         """Return the K updates, each as `TorchTrainer.train` would; see `BatchTrainer`."""
+        return self.descend(work).rows()
+
+    @torch.no_grad()
+    def descend(self, work: BatchWork) -> FusedTrained:
+        """Train the K clients; see `SumTrainer`."""
         rate = work.training.rate(work.round)
         self._check(work)
         inputs = self._stack.rows(work.packed.examples.inputs[0])
         seen = visits(work.packed, work.training, work.purpose, work.clients)
-        descent = _descent(work, rate, seen.order)
+        descent, space, batch_size = _descent(work, rate, seen.order), self._workspace, work.training.batch_size
         rows = _Rows(work.packed, seen)
         width = self._stack.layers[-1].outputs
         errors = self._errors(rows.targets, rows.shares, width)
-        values = torch.empty(len(work.packed), self._stack.spec.size)
-        outputs = self._workspace.take("outputs", len(rows.targets), width)
-        run = Run(self._stack, work.parameters, values, descent, self._workspace, work.training.batch_size)
-        run.train(inputs, list(segments(seen, self._steps_together(seen))), errors, outputs)
+        outputs = space.take("outputs", len(rows.targets), width)
+        network = Network(self._stack, work.parameters, len(work.packed), descent, space, batch_size)
+        run: DualRun | SegmentedRun
+        if self._never_touches(work.packed, seen):
+            run = DualRun(network, inputs, seen, work.packed.counts[seen.order])
+            run.train(errors, outputs)
+        else:
+            run = SegmentedRun(network)
+            run.train(inputs, list(segments(seen, self._steps_together(seen))), errors, outputs)
         sums = rows.sums(self._measures(errors.losses(outputs), outputs, rows))
         steps = (seen.counts > 0).sum(dim=1).double()
-        return _in_order(values, sums, {"steps": steps, "step_size": steps * rate}, seen.order)
+        return FusedTrained(run, sums, {"steps": steps, "step_size": steps * rate}, seen.order, self._stack.spec.size)
 
     def _check(self, work: BatchWork) -> None:
         _check_training(work.training)
@@ -96,6 +107,12 @@ class FusedTrainer:
         if work.training.max_gradient_norm is not None and (work.guide.mu or work.guide.offset is not None):
             raise UnsupportedError("max_gradient_norm together with a guide is not fused")
 
+    def _never_touches(self, packed: Packed, seen: Visits) -> bool:
+        """Return whether the first layer's weights are better never made."""
+        if self._together is not None:
+            return self._together == 0
+        return dual_pays(self._stack.layers[0], packed, seen)
+
     def _steps_together(self, seen: Visits) -> int:
         if self._together is not None:
             return self._together
@@ -108,6 +125,40 @@ class FusedTrainer:
         for name, metric in self._metrics.items():
             measures[name] = _measured(name, metric, outputs, targets)
         return measures
+
+
+class FusedTrained:
+    """K clients that were trained; see `Trained`. Clients in the order in which they were given."""
+
+    def __init__(
+        self,
+        run: DualRun | SegmentedRun,
+        sums: Mapping[str, Tensor],
+        facts: Mapping[str, Tensor],
+        order: NDArray[np.int64],
+        size: int,
+    ) -> None:
+        self._run, self._size, self._order = run, size, torch.from_numpy(order)
+        back = torch.from_numpy(np.argsort(order))
+        self._back = None if (order == np.arange(len(order))).all() else back
+        self.reports = Update(
+            torch.empty(len(order), 0),
+            torch.ones(len(order), dtype=torch.float64),
+            {name: value[back] for name, value in sums.items()},
+            {name: value[back] for name, value in facts.items()},
+        )
+
+    @torch.no_grad()
+    def rows(self) -> Update:
+        """Return the K updates."""
+        values = torch.empty(len(self._order), self._size)
+        self._run.rows(values)
+        return self.reports.replace(values=values if self._back is None else values.index_select(0, self._back))
+
+    @torch.no_grad()
+    def total(self, factors: Tensor) -> Tensor:
+        """Return the sum of the K updates, each times its factor."""
+        return self._run.total(factors.float()[self._order])
 
 
 class _Rows:
@@ -195,13 +246,3 @@ def _descent(work: BatchWork, rate: float, order: NDArray[np.int64]) -> Descent:
         held = offset.float() if offset.dim() == 1 else offset.float()[torch.from_numpy(order)]
         drift = -held if drift is None else drift - held
     return Descent(rate, 1 - rate * (mu + decay), drift, work.training.max_gradient_norm)
-
-
-def _in_order(values: Tensor, sums: dict[str, Tensor], facts: dict[str, Tensor], order: NDArray[np.int64]) -> Update:
-    """Return the update with its clients in the order in which they were given."""
-    if (order != np.arange(len(order))).any():
-        back = torch.from_numpy(np.argsort(order))
-        values = values.index_select(0, back)
-        sums = {name: value[back] for name, value in sums.items()}
-        facts = {name: value[back] for name, value in facts.items()}
-    return Update(values, torch.ones(len(values), dtype=torch.float64), sums, facts)

@@ -23,11 +23,6 @@ class Descent:
     drift: Tensor | None = field(default=None, repr=False)
     max_norm: float | None = None
 
-    @property
-    def plain(self) -> bool:
-        """Return whether weights change by their gradient alone."""
-        return self.keep == 1 and self.drift is None
-
     def kept(self, steps: int) -> float:
         """Return what `steps` steps leave of a weight."""
         return float(self.keep**steps)
@@ -89,6 +84,26 @@ class Weights:
         if self.bias is not None and start.bias is not None:
             torch.sub(self.bias, start.bias, out=out.bias)
 
+    def add(self, other: Weights, amounts: Tensor) -> None:
+        """Add `other`, of one client for all or of each, times each client's amount (K,)."""
+        self.weight.addcmul_(other.weight.expand_as(self.weight), amounts.view(-1, 1, 1))
+        if self.bias is not None and other.bias is not None:
+            self.bias.addcmul_(other.bias.expand_as(self.bias), amounts.view(-1, 1, 1))
+
+    def put(self, values: Tensor) -> None:
+        """Copy the weights to where they belong in `values` (K, d)."""
+        there = Weights.of(self.layer, values)
+        there.weight.copy_(self.weight)
+        if there.bias is not None and self.bias is not None:
+            there.bias.copy_(self.bias)
+
+    def add_up(self, factors: Tensor, out: Tensor) -> None:
+        """Put the sum of all clients' weights, each times its factor (K,), to where it belongs in `out` (d,)."""
+        there = Weights.of(self.layer, out.unsqueeze(0))
+        torch.mv(self.weight.flatten(1).t(), factors, out=there.weight.view(-1))
+        if there.bias is not None and self.bias is not None:
+            torch.mv(self.bias.flatten(1).t(), factors, out=there.bias.view(-1))
+
     def part(self, clients: slice) -> Weights:
         """Return some of the clients' weights."""
         return Weights(self.layer, self.weight[clients], None if self.bias is None else self.bias[clients])
@@ -100,14 +115,11 @@ class Weights:
         return torch.baddbmm(self.bias, inputs, self.weight.transpose(1, 2), out=out)
 
     def descend(self, errors: Tensor, inputs: Tensor, rate: float, keep: float) -> None:
-        """Take a step along the gradient, which is never stored. A `keep` of 0 reads nothing of what was there."""
+        """Take a step along the gradient, which is never stored."""
         self.weight.baddbmm_(errors.transpose(1, 2), inputs, beta=keep, alpha=-rate)
         if self.bias is not None:
             summed = errors.sum(dim=1, keepdim=True)
-            if keep == 0:
-                torch.mul(summed, -rate, out=self.bias)
-            else:
-                (self.bias if keep == 1 else self.bias.mul_(keep)).sub_(summed, alpha=rate)
+            (self.bias if keep == 1 else self.bias.mul_(keep)).sub_(summed, alpha=rate)
 
     def drift(self, drift: Weights, amount: float) -> None:
         """Add `amount` of `drift`, of one client for all or of each."""

@@ -18,12 +18,15 @@ from fedml_core.checks import require_whole
 from fedml_core.errors import ConfigError, RunError
 from fedml_core.messages import Arrived, Assignment, TrainWork
 from fedml_core.spans import Recorder, recorder, span
+from simulations.engines.batched import Batched
 from simulations.engines.engine import Engine, Session, Stage
+from simulations.engines.parcel import packed
 from simulations.engines.sequential import Sequential
 from simulations.engines.worker import Chunk, Done, Failed, Round, work
 
-# Chunks of the cohort for each worker: more of them balance better, fewer cost less.
-_CHUNKS_A_WORKER = 4
+# Chunks of the cohort for each worker: more of them balance better, fewer cost less. What trains many clients at once
+# takes as long as they have examples, and each chunk costs it something of its own.
+_CHUNKS_A_WORKER, _BATCHED_CHUNKS_A_WORKER = 4, 1
 # A worker that dies this often in one round takes its clients' fault with it: something they do kills it.
 _MAX_DEATHS = 3
 
@@ -70,13 +73,14 @@ class Workers(Session):
         waiting = deque(self._chunks(cohort))
         given: dict[_Worker, list[Chunk]] = {worker: [] for worker in self._workers}
         deaths, busy, adds_up = 0, set[_Worker](), isinstance(assignment.work, TrainWork)
+        begun = packed(Round(assignment))
         for worker in self._workers:
-            worker.send(Round(assignment))
+            worker.send(begun)
         try:
             while waiting or busy:
                 for worker in [w for w in self._workers if w not in busy][: len(waiting)]:
                     given[worker].append(waiting.popleft())
-                    worker.send(self._with_memories(given[worker][-1]))
+                    worker.send(packed(self._with_memories(given[worker][-1])))
                     busy.add(worker)
                 for worker in self._heard(busy):
                     try:
@@ -87,8 +91,11 @@ class Workers(Session):
                         deaths += 1
                         self._replace(worker, given, waiting, assignment, deaths)
                     busy.discard(worker)
-            for worker in [w for w in self._workers if given[w]]:
-                yield worker.ask_sum()
+            asked = [worker for worker in self._workers if given[worker]]
+            for worker in asked:
+                worker.ask_sum()
+            for worker in asked:
+                yield worker.receive_sum()
         except BaseException:
             self.close()
             raise
@@ -100,13 +107,17 @@ class Workers(Session):
         self._workers = []
 
     def _chunks(self, cohort: Sequence[int]) -> list[Chunk]:
-        """Return the cohort in chunks, those with most examples first."""
+        """Return the cohort in chunks of like many clients and examples, the largest clients in the first."""
         counts = self._stage.population.counts(cohort)
-        ordered = list(cohort)
+        ordered = np.asarray(cohort, dtype=np.int64)
+        batched = isinstance(self._inner, Batched) and counts is not None
+        pieces = min(len(ordered), len(self._workers) * (_BATCHED_CHUNKS_A_WORKER if batched else _CHUNKS_A_WORKER))
+        if not pieces:
+            return []
         if counts is not None:
-            ordered = [cohort[place] for place in np.argsort(-counts, kind="stable")]
-        pieces = min(len(ordered), len(self._workers) * _CHUNKS_A_WORKER)
-        return [Chunk(piece.tolist(), {}) for piece in np.array_split(np.asarray(ordered), pieces)] if pieces else []
+            ordered = ordered[np.argsort(-counts, kind="stable")]
+        dealt = [ordered[first::pieces] for first in range(pieces)] if batched else np.array_split(ordered, pieces)
+        return [Chunk(piece.tolist(), {}) for piece in dealt]
 
     def _with_memories(self, chunk: Chunk) -> Chunk:
         kept = {number: one for number in chunk.clients if (one := self._stage.memory.get(number)) is not None}
@@ -147,7 +158,7 @@ class Workers(Session):
         self._stage.tell(f"a worker died in round {assignment.round} (exit code {code}); its clients are done again")
         waiting.extend(given.pop(dead))
         fresh = self._start()
-        fresh.send(Round(assignment))
+        fresh.send(packed(Round(assignment)))
         given[fresh] = []
         self._workers[self._workers.index(dead)] = fresh
 
@@ -175,10 +186,10 @@ class _Worker:
     process: Any
     connection: Connection
 
-    def send(self, message: object) -> None:
+    def send(self, message: bytes) -> None:
         # A worker that is dead is noticed, and replaced, when it is listened to.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send(message)
+            self.connection.send_bytes(message)
 
     def receive(self) -> Any:
         try:
@@ -186,8 +197,10 @@ class _Worker:
         except (ConnectionResetError, BrokenPipeError) as error:
             raise EOFError from error
 
-    def ask_sum(self) -> Arrived:
-        self.send(None)
+    def ask_sum(self) -> None:
+        self.send(packed(None))
+
+    def receive_sum(self) -> Arrived:
         try:
             gathered: Arrived = self.receive()
         except EOFError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from fedml_core.spans import Recorded, Recorder, recorder, recording
 from fedml_core.task import Task
 from server.validation import UpdateIntake
 from simulations.engines.engine import Engine, Session, Stage
+from simulations.engines.parcel import packed
 from simulations.faults import Faults
 from simulations.population import Population
 from strategies.strategy import Strategy
@@ -94,6 +96,8 @@ def work(
     trainer = TorchTrainer(task, seed, device=device)
     stage = Stage(task, strategy, trainer, population, memory, faults, seed, told.append)
     session = engine.open(stage)
+    # What is here now stays: no collection need look at it again, nor copy the pages that it shares with the parent.
+    gc.freeze()
     try:
         with recording(spans):
             _serve(connection, session, stage, memory, told)
@@ -120,12 +124,13 @@ def _serve(connection: Connection, session: Session, stage: Stage, memory: _Reco
             assert assignment is not None
             memory.take(message.memories)
             if intake is None and isinstance(assignment.work, TrainWork):
-                intake = UpdateIntake(assignment, (), stage.accumulator())
-            connection.send(_done(session, assignment, intake, message, memory, told))
+                intake = UpdateIntake(assignment, (), stage.accumulator(assignment))
+            connection.send_bytes(packed(_done(session, assignment, intake, message, memory, told)))
         else:
             assert intake is not None
             rows = [(row.client, row.rule, row.reason) for row in intake.excluded]
-            connection.send(GatheredArrival(intake.accepted, rows, intake.accumulator, intake.bytes_up))
+            gathered = GatheredArrival(intake.accepted, rows, intake.accumulator, intake.bytes_up)
+            connection.send_bytes(packed(gathered))
 
 
 def _done(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import struct
@@ -443,6 +444,10 @@ def test_a_process_that_imports_only_messages_can_read_every_built_in_client_hal
 
 
 def test_the_strategies_of_that_test_use_every_client_half_that_comes_with_fedveil() -> None:
-    ours = {name for name, kind in Transform.members.items() if kind.__module__.startswith("fedml_core.")}
+    ours = {
+        name
+        for name, kind in Transform.members.items()
+        if kind.__module__.startswith("fedml_core.") and not inspect.isabstract(kind)
+    }
     sent = json.dumps([strategy.client_half().to_config() for strategy in STRATEGIES])
     assert ours == {name for name in ours if f'"name": "{name}"' in sent}

@@ -120,7 +120,7 @@ def stacks(draw: st.DrawFn) -> Callable[[], nn.Module]:
     sizes=st.lists(st.integers(1, 24), min_size=1, max_size=17),
     batch_size=st.integers(1, 9),
     length=st.sampled_from([{"epochs": 1}, {"epochs": 3}, {"steps": 1}, {"steps": 7}]),
-    together=st.sampled_from([None, 1, 2, 3, 100]),
+    together=st.sampled_from([None, 0, 1, 2, 3, 100]),
     weigh=st.booleans(),
 )
 def test_random_stacks_and_cohorts_equal_each_client_alone(
@@ -154,7 +154,7 @@ STEERED = {
 }
 
 
-@pytest.mark.parametrize("together", [1, 2, 100])
+@pytest.mark.parametrize("together", [0, 1, 2, 100])
 @pytest.mark.parametrize("make", [mlp, linear])
 @pytest.mark.parametrize("case", STEERED)
 def test_steered_descent_equals_each_client_alone(case: str, make: Callable[[], nn.Module], together: int) -> None:
@@ -163,7 +163,7 @@ def test_steered_descent_equals_each_client_alone(case: str, make: Callable[[], 
     assert_equal_to_each_alone(task, classes(SIZES), training, guide, together)
 
 
-@pytest.mark.parametrize("together", [1, 3, 100])
+@pytest.mark.parametrize("together", [0, 1, 3, 100])
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("mu", [0.0, 0.2])
 def test_an_offset_for_all_or_for_each_equals_each_client_alone(mu: float, each: bool, together: int) -> None:
@@ -173,7 +173,7 @@ def test_an_offset_for_all_or_for_each_equals_each_client_alone(mu: float, each:
     assert_equal_to_each_alone(task, classes(SIZES), Training(batch_size=4, epochs=2), Guide(mu, offset), together)
 
 
-@pytest.mark.parametrize("together", [1, 100])
+@pytest.mark.parametrize("together", [0, 1, 100])
 @pytest.mark.parametrize("targets", [(), (2,), (1, 2)])
 def test_regression_equals_each_client_alone(targets: tuple[int, ...], together: int) -> None:
     outputs = 2 if targets else 1
