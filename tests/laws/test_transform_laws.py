@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import json
 import math
 import pickle
@@ -71,6 +72,7 @@ def test_every_transform_has_a_sample() -> None:
         name
         for name, member in Transform.members.items()
         if member.__module__.split(".")[0] in ("fedml_core", "strategies", "clients", "server", "simulations")
+        and not inspect.isabstract(member)
     }
     missing = sorted(ours - CASES.keys())
     assert not missing, f"add a sample of {missing} to tests/laws/transform_cases.py"
@@ -209,7 +211,10 @@ def test_the_client_half_does_on_the_client_what_the_whole_does(case: Case, row:
     assert equal(half.memory(SPEC), memory)
     whole, kept = transform.encode(update_of(*row), told, memory, Draws.of(5))
     part, part_kept = half.encode(update_of(*row), told, memory, Draws.of(5))
-    assert equal(whole, part)
+    if case.reproducible:
+        assert equal(whole, part)
+    else:
+        torch.testing.assert_close(whole.values, part.values, rtol=1e-6, atol=1e-6)
     assert equal(kept, part_kept)
     assert equal(transform.guide(told, memory), half.guide(told, memory))
     assert half.encoded_size(SPEC.size) == transform.encoded_size(SPEC.size)
