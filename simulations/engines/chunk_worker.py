@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -11,16 +11,40 @@ from clients.torch_trainer import TorchTrainer
 from fedml_core.bulk import GatheredArrival
 from fedml_core.errors import FedveilError, RunError
 from fedml_core.messages import Arrival, Assignment, TrainWork
-from fedml_core.spans import Recorder, recording
+from fedml_core.spans import Recorded, Recorder, recording
 from fedml_core.task import Task
 from server.validation import UpdateIntake
 from simulations.engines.engine import Engine, Stage
-from simulations.engines.worker import Chunk, Done, Failed
 from simulations.faults import Faults
 from simulations.population import Population
 from strategies.strategy import Strategy
 
-__all__ = ["ChunkWorker", "Job"]
+__all__ = ["Chunk", "ChunkWorker", "Done", "Failed", "Job"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Clients to do, with what they remember."""
+
+    clients: Sequence[int]
+    memories: Mapping[int, Remembered] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A chunk is done: evaluations, new memories, what the engine had to tell, and where the time went."""
+
+    arrivals: Sequence[Arrival]
+    memories: Mapping[int, Remembered] = field(repr=False)
+    told: Sequence[str] = ()
+    spans: Recorded | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The run cannot go on."""
+
+    error: FedveilError
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Steps of K clients whose first layer's weights never exist: the dual form of its descent.
 
-With a client's examples X, start W and the errors A added up at each example so far, the first layer's outputs at rows x
-are x W' - rate (x X') A. So X W' is one product for all clients, each client needs its examples' inner products once
+With a client's examples X, start W and the errors A added up at each example so far, the first layer's outputs at rows
+x are x W' - rate (x X') A. So X W' is one product for all clients, each client needs its examples' inner products once
 however often it visits them, and what the clients add up to is one product again, A' X with each client's A times its
 factor. The idea is the dual form of linear models.
 """

@@ -1,7 +1,7 @@
 """Products of large matrices by the fastest kernels that this torch has, in few shapes.
 
-On some processors oneDNN's kernels are twice as fast as those behind `torch.mm`. It compiles one for every shape that it
-meets, which takes milliseconds and about a megabyte, so rows are worked on in blocks of few sizes.
+On some processors oneDNN's kernels are twice as fast as those behind `torch.mm`. It compiles one for every shape that
+it meets, which takes milliseconds and about a megabyte, so rows are worked on in blocks of few sizes.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from fedml_core.errors import ConfigError, RunError
 from fedml_core.messages import Arrived, Assignment, TrainWork
 from fedml_core.spans import recorder, span
 from simulations.engines.batched import Batched
+from simulations.engines.chunk_worker import Chunk, Done, Failed
 from simulations.engines.engine import Engine, Session, Stage
-from simulations.engines.worker import Chunk, Done, Failed
 
 __all__ = ["MOST_DEATHS", "Crew", "Pool", "Worker", "WorkerLostError", "chunks"]
 

@@ -5,30 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import multiprocessing
 
+from fedml_core.bulk import GatheredArrival
 from fedml_core.checks import require_whole
-from fedml_core.errors import ConfigError, RunError
-from fedml_core.messages import Arrived, Assignment, TrainWork
-from fedml_core.spans import Recorder, recorder, span
-from simulations.engines.batched import Batched
+from fedml_core.devices import choose_device
+from fedml_core.errors import ConfigError
+from fedml_core.messages import Assignment
+from fedml_core.spans import Recorder, recorder
+from simulations.engines.chunk_worker import Chunk, Done, Failed, Job
 from simulations.engines.engine import Engine, Session, Stage
 from simulations.engines.parcel import packed
+from simulations.engines.pool import Crew, Pool, Worker, WorkerLostError
 from simulations.engines.sequential import Sequential
-from simulations.engines.worker import Chunk, Done, Failed, Round, work
-
-# Chunks of the cohort for each worker: more of them balance better, fewer cost less. What trains many clients at once
-# takes as long as they have examples, and each chunk costs it something of its own.
-_CHUNKS_A_WORKER, _BATCHED_CHUNKS_A_WORKER = 4, 1
-# A worker that dies this often in one round takes its clients' fault with it: something they do kills it.
-_MAX_DEATHS = 3
+from simulations.engines.worker import Round, work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +34,13 @@ class Processes(Engine):
     where that is safe (Linux, no GPU), so that any task will do; elsewhere they are started anew, and the task must be
     defined in a module that they can import.
 
-    `workers`: how many, or None for one a processor. `inner`: what each worker runs.
+    `workers`: how many, or None for one a processor, or one a device. `inner`: what each worker runs. `devices`: such
+    as `("cuda:0", "cuda:1")`, shared out over the workers in turn; none for the run's own device.
     """
 
     workers: int | None = None
     inner: Engine = field(default_factory=Sequential)
+    devices: tuple[str, ...] = ()
     name: ClassVar[str] = "processes"
 
     def __post_init__(self) -> None:
@@ -56,119 +53,41 @@ class Processes(Engine):
     def open(self, stage: Stage) -> Session:
         """Return a session with its workers running."""
         inner = dataclasses.replace(self.inner, skip_failures=self.skip_failures)
-        return Workers(inner, stage, self.workers or available_processors())
+        devices = [str(choose_device(device)) for device in self.devices] or [str(stage.trainer.device)]
+        count = self.workers or len(self.devices) or available_processors()
+        return Pool(_Processes(Job.of(inner, stage), devices), stage, count, inner)
 
 
-class Workers(Session):
-    """A pool of workers for one run."""
+class _Processes(Crew):
+    """Worker processes and the pipes to them; worker i computes on device i, of as many as there are, in turn."""
 
-    def __init__(self, inner: Engine, stage: Stage, count: int) -> None:
-        self._inner, self._stage = inner, stage
-        forks = "fork" in multiprocessing.get_all_start_methods() and stage.trainer.device.type == "cpu"
+    def __init__(self, job: Job, devices: Sequence[str]) -> None:
+        self._job, self._devices, self._started = job, devices, 0
+        on_cpu = all(device == "cpu" for device in devices)
+        forks = "fork" in multiprocessing.get_all_start_methods() and on_cpu
         self._context: Any = multiprocessing.get_context("fork" if forks else "spawn")
-        self._workers = [self._start() for _ in range(count)]
 
-    def run(self, assignment: Assignment, cohort: Sequence[int]) -> Iterator[Arrived]:
-        """Yield what each worker gathered, or each evaluation."""
-        waiting = deque(self._chunks(cohort))
-        given: dict[_Worker, list[Chunk]] = {worker: [] for worker in self._workers}
-        deaths, busy, adds_up = 0, set[_Worker](), isinstance(assignment.work, TrainWork)
-        begun = packed(Round(assignment))
-        for worker in self._workers:
-            worker.send(begun)
-        try:
-            while waiting or busy:
-                for worker in [w for w in self._workers if w not in busy][: len(waiting)]:
-                    given[worker].append(waiting.popleft())
-                    worker.send(packed(self._with_memories(given[worker][-1])))
-                    busy.add(worker)
-                for worker in self._heard(busy):
-                    try:
-                        yield from self._take(worker.receive())
-                        if not adds_up:
-                            given[worker].clear()
-                    except EOFError:
-                        deaths += 1
-                        self._replace(worker, given, waiting, assignment, deaths)
-                    busy.discard(worker)
-            asked = [worker for worker in self._workers if given[worker]]
-            for worker in asked:
-                worker.ask_sum()
-            for worker in asked:
-                yield worker.receive_sum()
-        except BaseException:
-            self.close()
-            raise
+    def start(self, count: int) -> list[Worker]:
+        """Return new workers."""
+        return [self._start() for _ in range(count)]
+
+    def share(self, assignment: Assignment) -> object:
+        """Return the round as bytes, made once."""
+        return packed(Round(assignment))
+
+    def heard(self, busy: Collection[Worker]) -> Sequence[Worker]:
+        """Wait for pipes that can be read."""
+        workers = {worker.connection: worker for worker in busy if isinstance(worker, _ProcessWorker)}
+        return [workers[connection] for connection in wait(list(workers)) if isinstance(connection, Connection)]
 
     def close(self) -> None:
-        """End the workers."""
-        for worker in self._workers:
-            worker.end()
-        self._workers = []
+        """Hold nothing."""
 
-    def _chunks(self, cohort: Sequence[int]) -> list[Chunk]:
-        """Return the cohort in chunks of like many clients and examples, the largest clients in the first."""
-        counts = self._stage.population.counts(cohort)
-        ordered = np.asarray(cohort, dtype=np.int64)
-        batched = isinstance(self._inner, Batched) and counts is not None
-        pieces = min(len(ordered), len(self._workers) * (_BATCHED_CHUNKS_A_WORKER if batched else _CHUNKS_A_WORKER))
-        if not pieces:
-            return []
-        if counts is not None:
-            ordered = ordered[np.argsort(-counts, kind="stable")]
-        dealt = [ordered[first::pieces] for first in range(pieces)] if batched else np.array_split(ordered, pieces)
-        return [Chunk(piece.tolist(), {}) for piece in dealt]
-
-    def _with_memories(self, chunk: Chunk) -> Chunk:
-        kept = {number: one for number in chunk.clients if (one := self._stage.memory.get(number)) is not None}
-        return dataclasses.replace(chunk, memories=kept) if kept else chunk
-
-    def _heard(self, busy: set[_Worker]) -> list[_Worker]:
-        with span("workers"):
-            ready = wait([worker.connection for worker in busy])
-        return [worker for worker in busy if worker.connection in ready]
-
-    def _take(self, message: Done | Failed) -> Iterator[Arrived]:
-        if isinstance(message, Failed):
-            raise message.error
-        if isinstance(message, Done):
-            if message.spans is not None and (ours := recorder()) is not None:
-                ours.absorb(message.spans, len(self._workers))
-            for number, remembered in message.memories.items():
-                self._stage.memory.put(number, remembered)
-            yield from message.arrivals
-            for text in message.told:
-                self._stage.tell(text)
-
-    def _replace(
-        self,
-        dead: _Worker,
-        given: dict[_Worker, list[Chunk]],
-        waiting: deque[Chunk],
-        assignment: Assignment,
-        deaths: int,
-    ) -> None:
-        """Start another worker, and let the chunks of the dead one, whose sum is lost, be done again."""
-        code = dead.end()
-        if deaths >= _MAX_DEATHS:
-            raise RunError(
-                f"{deaths} workers died in round {assignment.round}, the last with exit code {code}; "
-                "run it with engine = 'sequential' to see why"
-            )
-        self._stage.tell(f"a worker died in round {assignment.round} (exit code {code}); its clients are done again")
-        waiting.extend(given.pop(dead))
-        fresh = self._start()
-        fresh.send(packed(Round(assignment)))
-        given[fresh] = []
-        self._workers[self._workers.index(dead)] = fresh
-
-    def _start(self) -> _Worker:
+    def _start(self) -> Worker:
         ours, theirs = self._context.Pipe()
-        stage = self._stage
-        shown = (stage.task, stage.strategy, stage.population, stage.faults, stage.seed)
-        process = self._context.Process(
-            target=work, args=(theirs, self._inner, *shown, str(stage.trainer.device), _like(recorder())), daemon=True
-        )
+        device = self._devices[self._started % len(self._devices)]
+        self._started += 1
+        process = self._context.Process(target=work, args=(theirs, self._job, device, _like(recorder())), daemon=True)
         try:
             process.start()
         except (AttributeError, TypeError, ValueError) as error:
@@ -176,47 +95,56 @@ class Workers(Session):
                 f"the task cannot be sent to worker processes ({error}); define it in a module, or use one process"
             ) from error
         theirs.close()
-        return _Worker(process, ours)
+        return _ProcessWorker(process, ours)
 
 
-@dataclass(frozen=True, eq=False)
-class _Worker:
+class _ProcessWorker(Worker):
     """A worker process and the pipe to it."""
 
-    process: Any
-    connection: Connection
+    def __init__(self, process: Any, connection: Connection) -> None:
+        self._process, self.connection = process, connection
 
-    def send(self, message: bytes) -> None:
+    def begin(self, shared: object) -> None:
+        """Send the round."""
+        assert isinstance(shared, bytes)
+        self._send(shared)
+
+    def give(self, chunk: Chunk) -> None:
+        """Send a chunk."""
+        self._send(packed(chunk))
+
+    def receive(self) -> Done | Failed:
+        """Return the answer to a chunk."""
+        answer: Done | Failed = self._receive()
+        return answer
+
+    def ask_sum(self) -> None:
+        """Ask for the sum."""
+        self._send(packed(None))
+
+    def receive_sum(self) -> GatheredArrival:
+        """Return the sum."""
+        gathered: GatheredArrival = self._receive()
+        return gathered
+
+    def end(self) -> None:
+        """End the process if it still runs."""
+        self.connection.close()
+        if self._process.is_alive():
+            self._process.terminate()
+        self._process.join()
+
+    def _send(self, message: bytes) -> None:
         # A worker that is dead is noticed, and replaced, when it is listened to.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send_bytes(message)
 
-    def receive(self) -> Any:
+    def _receive(self) -> Any:
         try:
             return self.connection.recv()
-        except (ConnectionResetError, BrokenPipeError) as error:
-            raise EOFError from error
-
-    def ask_sum(self) -> None:
-        self.send(packed(None))
-
-    def receive_sum(self) -> Arrived:
-        try:
-            gathered: Arrived = self.receive()
-        except EOFError as error:
-            raise RunError(
-                "a worker died while it handed over its sum; go on with --resume, if there is a folder"
-            ) from error
-        return gathered
-
-    def end(self) -> int | None:
-        """End the process if it still runs, and return its exit code."""
-        self.connection.close()
-        if self.process.is_alive():
-            self.process.terminate()
-        self.process.join()
-        code: int | None = self.process.exitcode
-        return code
+        except (EOFError, ConnectionResetError, BrokenPipeError) as error:
+            self.end()
+            raise WorkerLostError(f"exit code {self._process.exitcode}") from error
 
 
 def _like(ours: Recorder | None) -> Recorder | None:

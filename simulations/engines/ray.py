@@ -19,14 +19,13 @@ from fedml_core.errors import ConfigError, RunError
 from fedml_core.messages import Assignment
 from fedml_core.spans import Recorder, recorder
 from simulations.engines.auto import Auto
-from simulations.engines.chunk_worker import Job
+from simulations.engines.chunk_worker import Chunk, Done, Failed, Job
 from simulations.engines.engine import Engine, Session, Stage
 from simulations.engines.pool import Crew, Pool, Worker, WorkerLostError
 from simulations.engines.processes import Processes, available_processors
 from simulations.engines.ray_cluster import some_cluster
 from simulations.engines.ray_worker import RayWorker, loaded_task_files
 from simulations.engines.sequential import Sequential
-from simulations.engines.worker import Chunk, Done, Failed
 
 __all__ = ["Ray"]
 

@@ -16,8 +16,7 @@ from fedml_core.errors import FedveilError, TaskError
 from fedml_core.loading import load_task
 from fedml_core.messages import Assignment
 from fedml_core.spans import Recorder
-from simulations.engines.chunk_worker import ChunkWorker, Job
-from simulations.engines.worker import Chunk, Done, Failed
+from simulations.engines.chunk_worker import Chunk, ChunkWorker, Done, Failed, Job
 
 __all__ = ["RayWorker", "load_task_files", "loaded_task_files"]
 
