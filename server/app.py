@@ -10,6 +10,9 @@ import typer
 from fedml_core.console import AsJson, Console, Debug, Quiet, command
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from fedml_core.identity import Roster as SignedRoster
     from fedml_core.identity import Site
     from fedml_core.tls import ServerTls
 
@@ -17,6 +20,10 @@ keys = typer.Typer()
 commands = typer.Typer()
 
 Roster = Annotated[Path, typer.Option(help="The file that lists the sites; made by the first enrolment.")]
+Operator = Annotated[
+    Path | None,
+    typer.Option("--operator", help="The folder with the operator's key; signs the roster. A signed one needs it."),
+]
 Folder = Annotated[Path, typer.Argument(help="Where the files are kept.", show_default=False)]
 Hosts = Annotated[
     list[str],
@@ -42,41 +49,80 @@ def enrol_site(
     name: Annotated[str, typer.Option(help="What the site is called in reports.", show_default=False)],
     client_id: Annotated[int, typer.Option("--id", help="Its client number.", show_default=False)],
     roster: Roster = _ROSTER,
+    operator: Operator = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """At the server: admit the site that sent PUBLIC. Compare fingerprints over the telephone: mail can be forged."""
+    """At the operator: admit the site that sent PUBLIC. Compare fingerprints over the telephone: mail can be forged."""
     with command(as_json=as_json, debug=debug) as console:
         from fedml_core.identity import enrol
 
-        _tell_site(console, enrol(roster, public, name=name, client_id=client_id), roster)
+        _tell_site(console, enrol(roster, public, name=name, client_id=client_id, operator=_key(operator)), roster)
 
 
 @keys.command("revoke")
 def revoke_site(
     name: Annotated[str, typer.Argument(help="The site's name on the roster.", show_default=False)],
     roster: Roster = _ROSTER,
+    operator: Operator = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """At the server: admit the site NAME no longer. Its number and its keys stay taken."""
+    """At the operator: admit the site NAME no longer. Its number and its keys stay taken."""
     with command(as_json=as_json, debug=debug) as console:
         from fedml_core.identity import revoke
 
-        _tell_site(console, revoke(roster, name), roster)
+        _tell_site(console, revoke(roster, name, operator=_key(operator)), roster)
 
 
 @keys.command("list")
 def list_sites(roster: Roster = _ROSTER, as_json: AsJson = False, debug: Debug = False) -> None:
-    """At the server: show every site that was ever enrolled."""
+    """Anywhere: show every site that was ever enrolled, and who signed the roster."""
     with command(as_json=as_json, debug=debug) as console:
         from fedml_core.identity import read_roster
 
-        sites = [_site_facts(site) for site in read_roster(roster).sites]
+        read = read_roster(roster)
+        sites = [_site_facts(site) for site in read.sites]
         for site in sites:
             state = "revoked" if site["revoked"] else "admitted"
             console.say(f"{site['id']:>6}  {state:<8}  {site['fingerprint']}  {site['name']}")
-        console.result({"roster": str(roster), "sites": sites})
+        if read.operator:
+            console.say(f"change {read.serial}, signed by the operator {read.operator}")
+        console.result({"roster": str(roster), **_signer(read), "sites": sites})
+
+
+@keys.command("operator")
+def new_operator(folder: Folder, as_json: AsJson = False, debug: Debug = False) -> None:
+    """At the operator: make, once, the key that signs the roster, in FOLDER. Every site pins its public half."""
+    with command(as_json=as_json, debug=debug) as console:
+        from fedml_core.identity import OPERATOR_FILE, OPERATOR_PUBLIC_FILE, new_operator_key
+
+        digits = new_operator_key(folder).hex()
+        secret, public = folder / OPERATOR_FILE, folder / OPERATOR_PUBLIC_FILE
+        console.table(
+            [
+                ("stays here", f"{secret}"),
+                ("for every site", f"{public}"),
+                ("operator", f"{digits}  (for secure_aggregation.operator of every site.toml)"),
+            ]
+        )
+        console.result({"key": str(secret), "public": str(public), "operator": digits})
+
+
+@keys.command("sign")
+def sign(
+    operator: Annotated[Path, typer.Option(help="The folder with the operator's key.", show_default=False)],
+    roster: Roster = _ROSTER,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """At the operator: sign an unsigned roster, or take over another operator's. Then send it to every site."""
+    with command(as_json=as_json, debug=debug) as console:
+        from fedml_core.identity import read_operator_key, sign_roster
+
+        signed = sign_roster(roster, read_operator_key(operator))
+        console.table([("roster", f"{roster}"), ("change", f"{signed.serial}"), ("operator", f"{signed.operator}")])
+        console.result({"roster": str(roster), **_signer(signed)})
 
 
 @keys.command("server")
@@ -140,6 +186,21 @@ def serve(
         serve_file(console, request)
 
 
+@commands.command("verify-transcript")
+def verify_transcript(
+    file: Annotated[Path, typer.Argument(help="A run's secagg.jsonl.", show_default=False)],
+    roster: Annotated[Path | None, typer.Option(help="The roster of that time; without it, no signatures.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Show every check, also those that hold.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check what a run recorded of its secure sums: signatures, sets, thresholds and digests. Anybody may."""
+    with command(as_json=as_json, debug=debug) as console:
+        from server.verify_transcript import verify_file
+
+        verify_file(console, file, roster, every=every)
+
+
 def _tls_files(folder: Path | None, certificate: Path | None, key: Path | None, ca: Path | None) -> ServerTls | None:
     """Return the files that the options name, each in the place of the folder's; None if there is no option."""
     from fedml_core.errors import ConfigError
@@ -156,7 +217,20 @@ def _tls_files(folder: Path | None, certificate: Path | None, key: Path | None, 
     return ServerTls(*found)
 
 
+def _key(folder: Path | None) -> Ed25519PrivateKey | None:
+    from fedml_core.identity import read_operator_key
+
+    return None if folder is None else read_operator_key(folder)
+
+
+def _signer(roster: SignedRoster) -> dict[str, Any]:
+    return {"serial": roster.serial or None, "operator": roster.operator or None}
+
+
 def _tell_site(console: Console, site: Site, roster: Path) -> None:
+    from fedml_core.identity import read_roster
+
+    signer = _signer(read_roster(roster))
     facts = _site_facts(site)
     state = "revoked" if site.revoked else "admitted"
     console.table(
@@ -164,9 +238,10 @@ def _tell_site(console: Console, site: Site, roster: Path) -> None:
             ("site", f"{site.name}, client {site.client_id}, {state}"),
             ("fingerprint", f"{facts['fingerprint']}"),
             ("roster", f"{roster}"),
+            ("signed", f"change {signer['serial']}; send it to every site" if signer["serial"] else "no"),
         ]
     )
-    console.result({"roster": str(roster), **facts})
+    console.result({"roster": str(roster), **signer, **facts})
 
 
 def _site_facts(site: Site) -> dict[str, Any]:
