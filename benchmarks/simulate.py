@@ -108,6 +108,7 @@ def measure(workload: Workload, engine: Engine, rounds: int, peak: Peak) -> Roun
         workload=workload,
     )
     clock = _Clock(peak)
+    len(workload.examples)  # made here, so that worker processes share it
     history = simulation.run(callbacks=[clock])
     samples = [float(report.metric("train.examples") or 0) for report in history.reports[WARM_UP:]]
     return Rounds(np.diff(clock.ends[WARM_UP - 1 :]).tolist(), samples, clock.startup_s)

@@ -93,23 +93,41 @@ class Scaling(Transform, ABC):
         return update.replace(values=update.values * factor.unsqueeze(-1).to(update.values), weight=factor), memory
 
 
-def scaled_reports(pipeline: Transform, reports: Update) -> tuple[Tensor, Update] | None:
-    """Return what `pipeline` multiplies K clients' values by, float64 (K,), and what it makes of their reports.
+def scales_only(pipeline: Transform) -> bool:
+    """Return whether `pipeline`'s client half is a few factors that do not depend on values, and nothing else."""
+    return all(_scales(part) or _leaves_alone(part) for part in _parts(pipeline))
 
-    None where its client half does anything else, or reads the values: `reports` has none.
+
+def scaled_reports(pipeline: Transform, reports: Update) -> tuple[Tensor, Update]:
+    """Return what `pipeline`, which only scales, multiplies K clients' values by, and what it makes of their reports.
+
+    Args: reports: of K clients, with values of shape (K, 0). Returns: the factors, float64 (K,), and the reports.
     Raises: ReplyError: as the pipeline's own encode.
     """
     factors = torch.ones(reports.lead, dtype=torch.float64)
     for part in _parts(pipeline):
-        kind = type(part)
-        if kind.memory is not Transform.memory or kind.encoded_size is not Transform.encoded_size:
-            return None
-        if isinstance(part, Scaling) and kind.encode is Scaling.encode and part.ignores_values():
+        if isinstance(part, Scaling):
             factor = part.factor(reports)
             factors, reports = factors * factor, reports.replace(weight=factor)
-        elif kind.encode is not Transform.encode:
-            return None
     return factors, reports
+
+
+def _scales(part: Transform) -> bool:
+    return (
+        isinstance(part, Scaling)
+        and type(part).encode is Scaling.encode
+        and part.ignores_values()
+        and _keeps_nothing(part)
+    )
+
+
+def _leaves_alone(part: Transform) -> bool:
+    return type(part).encode is Transform.encode and _keeps_nothing(part)
+
+
+def _keeps_nothing(part: Transform) -> bool:
+    kind = type(part)
+    return kind.memory is Transform.memory and kind.encoded_size is Transform.encoded_size
 
 
 def _parts(pipeline: Transform) -> list[Transform]:

@@ -86,19 +86,23 @@ def visits(
     numbers = np.asarray(clients, dtype=np.int64)[order]
     whole, each, steps, counts = whole[order], each[order], steps[order], counts[order]
     rows = torch.empty((len(counts), int(steps.max(initial=0)), size), dtype=torch.int64)
+    starts, table = packed.offsets[:-1][order][:, None], rows.numpy().reshape(len(counts), rows.shape[1] * size)
+    table[:] = starts
     real = np.zeros(rows.shape[:2], dtype=np.int64)
-    starts = packed.offsets[:-1][order]
-    epochs = int((-(-steps // np.maximum(each, 1))).max(initial=0))
     step = np.arange(rows.shape[1])
-    place = step[None, :, None] % each[:, None, None] * size + np.arange(size)
-    epoch = step // each[:, None]
-    table = rows.numpy()
-    table[:] = starts[:, None, None]
-    for number in range(epochs):
+    for number in range(int((-(-steps // np.maximum(each, 1))).max(initial=0))):
         orders = epoch_orders(purpose, number, numbers, counts).numpy()
-        client, at = np.nonzero((epoch == number) & (step < steps[:, None]))
-        inside = place[client, at] < whole[client, None]
-        picked = orders[client[:, None], np.minimum(place[client, at], orders.shape[1] - 1)]
-        table[client, at] = starts[client, None] + np.where(inside, picked, 0)
-        real[client, at] = inside.sum(axis=1)
+        taken = np.clip(whole[:, None] - (step - number * each[:, None]) * size, 0, size)
+        taken[(step < number * each[:, None]) | (step >= np.minimum(steps, (number + 1) * each)[:, None])] = 0
+        real += taken
+        if number == 0:
+            # Everybody's first order begins at the first step.
+            width = min(orders.shape[1], table.shape[1])
+            np.add(starts, orders[:, :width], out=table[:, :width], where=np.arange(width) < whole[:, None])
+            continue
+        client, at = np.nonzero(taken)
+        place = (at - number * each[client])[:, None] * size + np.arange(size)
+        inside = place < whole[client, None]
+        picked = orders[client[:, None], np.minimum(place, orders.shape[1] - 1)]
+        rows.numpy()[client, at] = starts[client] + np.where(inside, picked, 0)
     return Visits(rows, torch.from_numpy(real), order)

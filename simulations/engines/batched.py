@@ -20,7 +20,7 @@ from fedml_core.randomness import keyed_coins
 from fedml_core.spans import span
 from fedml_core.transform import Draws, State
 from fedml_core.update import Update
-from fedml_core.weighting import scaled_reports
+from fedml_core.weighting import scaled_reports, scales_only
 from simulations.engines.batch_trainer import BatchTrainer, BatchWork, SumTrainer, Trained, UnsupportedError
 from simulations.engines.engine import Engine, Session, Stage, arrival_of
 from simulations.engines.sequential import OneByOne
@@ -36,7 +36,7 @@ _DEVICE_BYTES = 1 << 30
 class Batched(Engine):
     """Trains K clients at once; what its trainer cannot do is done one by one, and said aloud once.
 
-    `clients_at_once`: K, or None to choose it by the model's size.
+    `clients_at_once`: K, or None to choose it by the model's and the clients' sizes.
     """
 
     clients_at_once: int | None = None
@@ -54,6 +54,10 @@ class Batched(Engine):
         Raises: UnsupportedError: if the task is not one for this engine.
         """
 
+    def fitting(self, stage: Stage, cohort: Sequence[int]) -> int:
+        """Return how many clients of a cohort at once are fastest where nobody says, at least 1."""
+        return clients_that_fit(stage)
+
     def open(self, stage: Stage) -> Session:
         """Return a session with a trainer of its own."""
         return Chunks(self, stage)
@@ -66,6 +70,7 @@ class Chunks(Session):
         self._engine, self._stage = engine, stage
         self._single = OneByOne(stage, engine.skip_failures)
         self._at_once = engine.clients_at_once or clients_that_fit(stage)
+        self._most_added: int | None = engine.clients_at_once
         self._works, self._told = False, set[str]()
         self._trainer: BatchTrainer | None = None
         try:
@@ -80,32 +85,45 @@ class Chunks(Session):
         if self._trainer is None or not isinstance(work, TrainWork) or not ours:
             yield from self._single.run(assignment, cohort)
             return
-        waiting = list(self._by_size(cohort))
+        adds = self._adds(assignment, work)
+        most = self._at_once
+        if adds:
+            fits = self._engine.clients_at_once or self._engine.fitting(self._stage, cohort)
+            most = fits if self._most_added is None else min(fits, self._most_added)
+        waiting = list(self._by_size(cohort, most))
+        if self._engine.clients_at_once is None and waiting:
+            most = -(-len(waiting) // -(-len(waiting) // most))  # as few chunks as must be, of one size
         announce(self._stage.population, waiting)
         while waiting:
-            chunk, waiting = waiting[: self._at_once], waiting[self._at_once :]
+            chunk, waiting = waiting[:most], waiting[most:]
             try:
-                yield from self._chunk(assignment, work, chunk)
+                yield from self._chunk(assignment, work, chunk, adds=adds)
             except UnsupportedError as error:
                 self._refuse(error)
                 if self._trainer is None:
                     chunk, waiting = [*chunk, *waiting], []
                 yield from self._single.run(assignment, chunk)
             except torch.OutOfMemoryError:
-                if self._at_once == 1:
+                if len(chunk) == 1:
                     raise
-                self._at_once = max(1, len(chunk) // 2)
-                self._stage.tell(f"out of memory with {len(chunk)} clients at once; going on with {self._at_once}")
+                most = len(chunk) // 2
+                self._at_once, self._most_added = min(most, self._at_once), most
+                self._stage.tell(f"out of memory with {len(chunk)} clients at once; going on with {most}")
                 waiting = [*chunk, *waiting]
 
-    def _by_size(self, cohort: Sequence[int]) -> Sequence[int]:
+    def _adds(self, assignment: Assignment, work: TrainWork) -> bool:
+        """Return whether nobody needs an update by itself, so that a trainer which can may add them up unmade."""
+        able = isinstance(self._trainer, SumTrainer) and not self._stage.faults.nan
+        return able and scales_only(work.pipeline) and self._stage.accumulator(assignment).takes_totals
+
+    def _by_size(self, cohort: Sequence[int], most: int) -> Sequence[int]:
         """Return the cohort with clients of like size together, where sizes are known before loading."""
         counts = self._stage.population.counts(cohort)
-        if counts is None or len(cohort) <= self._at_once:
+        if counts is None or len(cohort) <= most:
             return cohort
         return [cohort[place] for place in np.argsort(-counts, kind="stable")]
 
-    def _chunk(self, assignment: Assignment, work: TrainWork, chunk: Sequence[int]) -> Iterator[Arrived]:
+    def _chunk(self, assignment: Assignment, work: TrainWork, chunk: Sequence[int], *, adds: bool) -> Iterator[Arrived]:
         with span("data"):
             packed = self._pack(chunk)
         if packed is None:
@@ -117,19 +135,17 @@ class Chunks(Session):
         memory = _stacked(memories)
         purpose = (work.seed, "client", assignment.round)
         guide = work.pipeline.guide(work.told, memory)
+        trained: Trained | None = None
         batch = BatchWork(assignment.parameters, packed, work.training, assignment.round, chunk, purpose, guide)
-        if isinstance(self._trainer, SumTrainer):
+        if adds and isinstance(self._trainer, SumTrainer):
             with span("compute"):
                 trained = self._trainer.descend(batch)
             self._works = True
             if (gathered := self._gathered(assignment, work, chunk, trained)) is not None:
                 yield gathered
                 return
-            with span("compute"):
-                update = trained.rows()
-        else:
-            with span("compute"):
-                update = self._trainer.train(batch)
+        with span("compute"):
+            update = self._trainer.train(batch) if trained is None else trained.rows()
         self._works = True
         draws = Draws.each([(*purpose, number, "encode") for number in chunk])
         with span("transforms"):
@@ -184,16 +200,11 @@ class Chunks(Session):
     def _gathered(
         self, assignment: Assignment, work: TrainWork, chunk: Sequence[int], trained: Trained
     ) -> GatheredArrival | None:
-        """Return the chunk added up, or None where each update is needed: by somebody, or to say whose is faulty."""
+        """Return the chunk added up, or None where its updates must say whose of them is faulty."""
         accumulator = self._stage.accumulator(assignment)
-        if self._stage.faults.nan or not accumulator.takes_totals:
-            return None
         try:
             with span("transforms"):
-                scaled = scaled_reports(work.pipeline, trained.reports)
-            if scaled is None:
-                return None
-            factors, reports = scaled
+                factors, reports = scaled_reports(work.pipeline, trained.reports)
             with span("compute"):
                 values = trained.total(factors)
             with span("accumulate"):

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from simulations.engines.fused_errors import Errors
 from simulations.engines.fused_network import Network, Target
-from simulations.engines.fused_products import added_up, inner_products, linear, padded
+from simulations.engines.fused_products import added_up, inner_products, linear, padded, threads
 from simulations.engines.fused_uses import Uses
 from simulations.engines.fused_weights import Weights
 from simulations.packing import Visits
 
 __all__ = ["DualRun"]
+
+# A step of less than this is over before a second thread has begun, which then spins on somebody else's processor.
+_BROAD_FLOPS = 5e7
 
 
 class DualRun:
@@ -46,10 +49,17 @@ class DualRun:
 
     def train(self, errors: Errors, outputs: Tensor) -> None:
         """Take every step; leave the outputs in `outputs` (V, c), step by step."""
-        take, width, place = self._network.workspace.take, self._first.outputs, 0
         before = self._by_step(self._shared(self._start), "first")
         drifts = self._network.drifts
         drift = self._by_step(self._each(drifts[0]), "drift") if drifts else None
+        layers, rows = self._network.stack.layers[1:], self._network.count * self._size
+        flops = 6 * rows * sum(layer.inputs * layer.outputs for layer in layers)
+        with threads(1 if flops < _BROAD_FLOPS else torch.get_num_threads()):
+            self._take_steps(errors, outputs, before, drift)
+        self._network.change()
+
+    def _take_steps(self, errors: Errors, outputs: Tensor, before: Tensor, drift: Tensor | None) -> None:
+        take, width, place = self._network.workspace.take, self._first.outputs, 0
         for step, count in enumerate(self._active):
             rows = slice(place, place + count * self._size)
             here = before[rows].view(count, self._size, width)
@@ -58,7 +68,6 @@ class DualRun:
             self._network.step(here, Target(errors, outputs, rows), own, error)
             self._keep(error, step, rows)
             place = rows.stop
-        self._network.change()
 
     def rows(self, values: Tensor) -> None:
         """Fill `values` (K, d) with what each client adds to the start."""

@@ -7,12 +7,13 @@ it meets, which takes milliseconds and about a megabyte, so rows are worked on i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["PADDING", "added_up", "inner_products", "linear", "padded"]
+__all__ = ["PADDING", "added_up", "inner_products", "linear", "padded", "threads"]
 
 PADDING = 128
 """Matrices of many rows have a multiple of this."""
@@ -22,6 +23,20 @@ _BLOCK = 1024
 _FEWEST, _STEP, _MOST = 48, 16, 256
 
 _Product = Callable[[Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch compute in `count` threads inside."""
+    before = torch.get_num_threads()
+    if count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def padded(count: int) -> int:

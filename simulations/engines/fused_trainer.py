@@ -228,7 +228,8 @@ def _check_training(training: Training) -> None:
 
 
 def _check_labels(targets: Tensor, classes: int) -> None:
-    if targets.is_floating_point() or not bool(((targets >= 0) & (targets < classes)).all()):
+    low, high = (-1.0, 0.0) if targets.is_floating_point() else (bound.item() for bound in targets.aminmax())
+    if low < 0 or high >= classes:
         raise UnsupportedError(f"targets are not integers from 0 to {classes - 1}")
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, ClassVar
 
+import torch
 from torch import multiprocessing
 
 from fedml_core.bulk import GatheredArrival
 from fedml_core.checks import require_whole
-from fedml_core.devices import choose_device
+from fedml_core.devices import choose_device, fitting_threads
 from fedml_core.errors import ConfigError
 from fedml_core.messages import Assignment
 from fedml_core.spans import Recorder, recorder
@@ -28,7 +29,7 @@ from simulations.engines.worker import Round, work
 
 @dataclass(frozen=True, kw_only=True)
 class Processes(Engine):
-    """Trains in worker processes of one thread each.
+    """Trains in worker processes of one thread each, and for a small dense model keeps this process to one, too.
 
     A worker that dies is replaced, and all that it did in this round is done again by the others. Workers are forked
     where that is safe (Linux, no GPU), so that any task will do; elsewhere they are started anew, and the task must be
@@ -59,16 +60,24 @@ class Processes(Engine):
 
 
 class _Processes(Crew):
-    """Worker processes and the pipes to them; worker i computes on device i, of as many as there are, in turn."""
+    """Worker processes and the pipes to them; worker i computes on device i, of as many as there are, in turn.
+
+    Torch's threads here wait for work by spinning, on the workers' processors: where the model is small, there is one
+    until the crew is closed.
+    """
 
     def __init__(self, job: Job, devices: Sequence[str]) -> None:
         self._job, self._devices, self._started = job, devices, 0
+        self._threads: int | None = None
         on_cpu = all(device == "cpu" for device in devices)
         forks = "fork" in multiprocessing.get_all_start_methods() and on_cpu
         self._context: Any = multiprocessing.get_context("fork" if forks else "spawn")
 
     def start(self, count: int) -> list[Worker]:
         """Return new workers."""
+        if self._threads is None and (fitting := fitting_threads(self._job.task.build(self._job.seed))) is not None:
+            self._threads = torch.get_num_threads()
+            torch.set_num_threads(min(fitting, self._threads))
         return [self._start() for _ in range(count)]
 
     def share(self, assignment: Assignment) -> object:
@@ -81,7 +90,10 @@ class _Processes(Crew):
         return [workers[connection] for connection in wait(list(workers)) if isinstance(connection, Connection)]
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Give this process its threads back."""
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+            self._threads = None
 
     def _start(self) -> Worker:
         ours, theirs = self._context.Pipe()

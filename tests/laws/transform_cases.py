@@ -13,6 +13,12 @@ from torch import Tensor
 from fedml_core.compression import StochasticQuantize, TopK
 from fedml_core.control_variates import ControlVariates
 from fedml_core.model import ModelSpec
+from fedml_core.privacy.adaptive_clip import ClipByQuantile
+from fedml_core.privacy.clipping import ClipByNorm
+from fedml_core.privacy.correlated import BandedNoise, ServerBanded, ServerTree, TreeNoise
+from fedml_core.privacy.distributed_noise import DistributedNoise
+from fedml_core.privacy.gaussian import ServerGaussian
+from fedml_core.privacy.local import LocalGaussian
 from fedml_core.proximal import Proximal
 from fedml_core.transform import Chain, Guide, State, Transform, chain
 from fedml_core.update import Total, Update
@@ -71,6 +77,12 @@ def for_parameters(step: Callable[[Tensor], Tensor], of: Promise = total) -> Pro
     return promised
 
 
+def each_clipped(values: Tensor, examples: Tensor) -> Tensor:
+    """Return the sum of the updates, each scaled down to a norm of at most 1."""
+    norms: Tensor = torch.linalg.vector_norm(values, dim=1, keepdim=True)
+    return (values / norms.clamp(min=1.0)).sum(dim=0)
+
+
 def adam(delta: Tensor) -> Tensor:
     """Return Adam's first step with the defaults: both corrections have the exponent 2."""
     rate = 0.1 * math.sqrt(1 - 0.99**2) / (1 - 0.9**2)
@@ -94,6 +106,16 @@ CASES: dict[str, list[Case]] = {
     "ControlVariates": [Case(ControlVariates(population=50), total)],
     "TopK": [Case(TopK(1 / 3), largest_two), Case(TopK(1.0), total)],
     "StochasticQuantize": [Case(StochasticQuantize(8), total, lambda clients: clients / 127 + 1e-5)],
+    "ClipByNorm": [Case(ClipByNorm(1.0), each_clipped), Case(ClipByNorm(10.0), total)],
+    "ClipByQuantile": [Case(ClipByQuantile(1.0, 0.5, 0.2, 0.1, 4.0), each_clipped)],
+    # Noise that single precision hardly sees: what the rest of it does is what the laws are about.
+    "ServerGaussian": [Case(ServerGaussian(1e-7, 4.0, bound=1.0), total, reproducible=False)],
+    "ServerTree": [Case(ServerTree(1e-7, 4.0, TreeNoise(rounds=9), bound=1.0), total, reproducible=False)],
+    "ServerBanded": [
+        Case(ServerBanded(1e-7, 4.0, BandedNoise(rounds=9, bands=3), bound=1.0), total, reproducible=False)
+    ],
+    "DistributedNoise": [Case(DistributedNoise(1.0, SPEC.size, 4, 2, bound=1.0), total)],
+    "LocalGaussian": [Case(LocalGaussian(1.0, 1e-8), each_clipped, reproducible=False)],
     "ServerStep": [Case(ServerStep(0.25), for_parameters(lambda d: 0.25 * d))],
     "ServerMomentum": [Case(ServerMomentum(0.5, momentum=0.9), for_parameters(lambda d: 0.5 * d))],
     "ServerAdagrad": [Case(ServerAdagrad(), for_parameters(lambda d: 0.1 * d / (d.abs() + 1e-3)))],

@@ -102,6 +102,7 @@ def test_a_cohort_of_a_billion_clients_looks_at_its_own_alone(sampling: Sampling
             Numbers.looks += 1
             return place
 
+    sampling.cohort(range(9), 1, 0)  # what a first draw imports is not the cohort's
     tracemalloc.start()
     cohort = sampling.cohort(Numbers(), 1, 0)  # type: ignore[arg-type]  # all of a sequence that a sampling needs
     peak = tracemalloc.get_traced_memory()[1]
@@ -116,7 +117,7 @@ def test_a_round_looks_at_the_cohort_alone(engine: Engine) -> None:
     coordinator = train(population, engine=engine)
     assert coordinator.state.accepted == 2
     assert len(population.loaded) == 10
-    assert sorted(population.counted) in ([], sorted(population.loaded))
+    assert set(population.counted) in (set(), set(population.loaded))
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -18,10 +18,9 @@ from fedml_core.messages import Assignment
 from fedml_core.spans import Recorder, recording
 from server import EvaluationPlan, EveryClient, History
 from simulations import Engine, Faults, Fused, QuantitySkew, Sequential, simulate
-from simulations.engines.chunk_worker import ChunkWorker, Job
+from simulations.engines.chunk_worker import Chunk, ChunkWorker, Done, Failed, Job
 from simulations.engines.engine import Session, Stage
 from simulations.engines.pool import Crew, Pool, Worker, WorkerLostError
-from simulations.engines.worker import Chunk, Done, Failed
 from strategies import FedAvg, FedMedian, Scaffold, Strategy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch import nn
 from fedml_core import ClientData, Examples, Task, Training
 from fedml_core.errors import ConfigError, RunError, TaskError
 from server import EvaluationPlan, EveryClient, History
-from simulations import Faults, Processes, QuantitySkew, Sequential, simulate
+from simulations import Faults, Processes, QuantitySkew, Sequential, Simulation, simulate
 from strategies import FedAdam, FedAvg, FedMedian, Scaffold, Strategy
 
 
@@ -106,6 +107,31 @@ def test_a_failing_client_is_named_or_skipped_as_in_one_process() -> None:
 def test_more_workers_than_clients_are_no_problem() -> None:
     expected = simulate(TASK, FedAvg(), clients=2, rounds=1)
     same(expected, simulate(TASK, FedAvg(), clients=2, rounds=1, engine=Processes(workers=4)))
+
+
+def test_a_small_model_leaves_the_workers_their_processors_and_gives_threads_back() -> None:
+    before, seen = torch.get_num_threads(), list[int]()
+    torch.set_num_threads(3)
+    try:
+        engine = Processes(workers=2)
+        run = Simulation(TASK, FedAvg(), clients=4, rounds=2, engine=engine)
+        run.run(callbacks=[lambda *_: seen.append(torch.get_num_threads())])
+        assert seen == [1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_large_model_keeps_its_threads_between_rounds() -> None:
+    before, seen = torch.get_num_threads(), list[int]()
+    large = dataclasses.replace(TASK, model=lambda: nn.Sequential(nn.Linear(3, 1001), nn.Linear(1001, 1000)))
+    torch.set_num_threads(3)
+    try:
+        run = Simulation(large, FedAvg(), clients=2, rounds=1, engine=Processes(workers=1))
+        run.run(callbacks=[lambda *_: seen.append(torch.get_num_threads())])
+        assert seen == [3]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_no_process_is_left_behind() -> None:
