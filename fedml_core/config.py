@@ -11,10 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from fedml_core.config_errors import explain
 from fedml_core.errors import ConfigError
+from fedml_core.policy_tables import BudgetTable, LedgerTable, PolicyTable, RunBudgetTable
 from fedml_core.toml_file import override, read_toml
 from fedml_core.training import Training
 
@@ -25,6 +35,7 @@ __all__ = [
     "FaultsTable",
     "KeysTable",
     "RunConfig",
+    "SecureAggregationTable",
     "ServerTable",
     "SimulationTable",
     "SiteConfig",
@@ -43,6 +54,17 @@ def _with_name(value: Any) -> Any:
 NamedTable = Annotated[dict[str, Any], BeforeValidator(_with_name)]
 """`"FedProx"` or `{name = "FedProx", mu = 0.01}`: a name, and the arguments of what it names."""
 
+
+def _operator(digits: str) -> str:
+    from fedml_core.operator_key import is_operator  # loads cryptography, for which a simulation need not wait
+
+    if not is_operator(digits):
+        raise ValueError("must be the 64 hex digits that fedveil keys operator printed")
+    return digits
+
+
+Operator = Annotated[str, AfterValidator(_operator)]
+"""An operator's public key, as hex."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -135,7 +157,7 @@ class FaultsTable(_Table):
 class SimulationTable(_Table):
     """How a simulation is run; it does not change what is computed."""
 
-    engine: NamedTable = Field(default_factory=lambda: {"name": "sequential"})
+    engine: NamedTable = Field(default_factory=lambda: {"name": "suited"})
     """Who does the clients' work."""
     device: Text = "auto"
     """auto, cpu, cuda, cuda:1, mps, ..."""
@@ -187,6 +209,10 @@ class RunConfig(_File):
     """For `fedveil simulate`."""
     server: ServerTable = ServerTable()
     """For `fedveil server`."""
+    budget: RunBudgetTable = RunBudgetTable()
+    """What `fedveil server` may spend on its clients' privacy."""
+    ledger: LedgerTable = LedgerTable()
+    """Where it writes down what was spent."""
 
 
 class KeysTable(_Table):
@@ -196,6 +222,35 @@ class KeysTable(_Table):
     """What `fedveil keys new` made, or the folder that holds it."""
     authority: Text | None = None
     """The federation's ca.pem, by which the server is recognised."""
+
+
+class SecureAggregationTable(_Table):
+    """The least protection under which a site takes part in a secure sum; a server that asks for less is refused."""
+
+    required: bool = False
+    """Whether this site trains under secure aggregation only."""
+    roster: Text = "roster.json"
+    """The operator's signed roster, which names every site and its key."""
+    operator: Operator | None = None
+    """The operator's public key, by which the roster is recognised; see `fedveil keys operator`."""
+    minimum_cohort: int = Field(default=3, ge=2)
+    """The fewest members whose sum the server may learn."""
+    minimum_threshold: int = Field(default=2, ge=2)
+    """The fewest members that together can open another's secrets."""
+    minimum_security_bits: int = Field(default=60, ge=20, le=128)
+    """Of cohorts too large for all to be neighbours: an unlucky graph must be as unlikely as 2^-bits."""
+    corrupt_share: float = Field(default=0.1, ge=0, lt=1)
+    """The share of members that this site believes may collude with the server."""
+    allow_semi_honest: bool = False
+    """Whether to believe that the server follows the protocol, where it asks for that."""
+    maximum_attempts: int = Field(default=3, ge=1)
+    """How often a round may be tried."""
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> Self:
+        if self.required and self.operator is None and not self.allow_semi_honest:
+            raise ValueError("must name the operator where required = true, or no server could ever be answered")
+        return self
 
 
 class SiteConfig(_File):
@@ -213,6 +268,14 @@ class SiteConfig(_File):
     """The folder for what the site must remember between rounds."""
     keys: KeysTable = KeysTable()
     """The site's secrets."""
+    secure_aggregation: SecureAggregationTable = SecureAggregationTable()
+    """What secure aggregation must give this site."""
+    policy: PolicyTable = PolicyTable()
+    """What this site takes part in at all."""
+    budget: BudgetTable = BudgetTable()
+    """What may be spent on its data."""
+    ledger: LedgerTable = LedgerTable()
+    """Where it writes down what was spent."""
     data: dict[str, Any] = Field(default_factory=dict)
     """Handed to the task's `site_data` as it is."""
 

@@ -30,13 +30,14 @@ from fedml_core.update import Update
 from fedml_core.wire import Frame, from_frame, to_frame
 
 if TYPE_CHECKING:
-    from fedml_core.secagg.encoding import RingEncoding
+    from fedml_core.ring import Encoding
 
 
 @dataclass(frozen=True)
 class TrainWork:
     """Train, run the pipeline's client half, send the update. `seed` shuffles and drops out; it protects nothing.
 
+    `promised`: the event of the noise that the server says it will add to the sum, or None; a site can only believe it.
     `ring`: how a simulation's engine adds updates up as ring vectors, or None; it never crosses a wire.
     """
 
@@ -44,7 +45,8 @@ class TrainWork:
     pipeline: Transform = field(default_factory=Chain)
     told: State = field(default_factory=dict, repr=False)
     seed: int = 0
-    ring: RingEncoding | None = None
+    ring: Encoding | None = None
+    promised: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ def _train_body(work: TrainWork) -> dict[str, Any]:
         "pipeline": work.pipeline.to_config(),
         "told": work.told,
         "seed": work.seed,
+        **({} if work.promised is None else {"promised": work.promised}),
     }
 
 
@@ -229,8 +232,21 @@ def _work(kind: str, body: Mapping[str, Any]) -> Work:
 
 def _train_work(body: Mapping[str, Any]) -> TrainWork:
     training = Training(**as_table(body["training"]))
+    if not _names(body["pipeline"]) <= Transform.members.keys():
+        import fedml_core.privacy.client_halves  # noqa: F401 - loads cryptography, which nothing else that is sent needs
     pipeline = Transform.from_config(body["pipeline"], "the assignment's pipeline")
-    return TrainWork(training, pipeline, as_table(body["told"]), as_whole(body["seed"]))
+    promised = None if body.get("promised") is None else as_table(body["promised"])
+    return TrainWork(training, pipeline, as_table(body["told"]), as_whole(body["seed"]), promised=promised)
+
+
+def _names(config: Any) -> set[str]:
+    """Return the names of a pipeline's parts in its configuration, whatever a stranger wrote there."""
+    if not isinstance(config, Mapping):
+        return set()
+    parts = config.get("parts")
+    inner = [_names(part) for part in parts] if isinstance(parts, list) else []
+    own = {config["name"]} if isinstance(config.get("name"), str) else set()
+    return own.union(*inner)
 
 
 def reply_to_frame(reply: Reply) -> Frame:

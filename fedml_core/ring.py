@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedml_core.accumulate import Accumulator
 from fedml_core.errors import ConfigError, SecureAggregationError, StrategyError
+from fedml_core.privacy.noised_encoding import NoisedDecoded, NoisedEncoding
 from fedml_core.randomness import Key, key_bytes
 from fedml_core.secagg.encoding import Decoded, RingEncoding
 from fedml_core.secagg.masks import ring_type
@@ -21,11 +22,16 @@ from fedml_core.secagg.scalars import Count, Measure, Scalar
 from fedml_core.secagg.secrets import SecretBytes
 from fedml_core.update import Total, Update, check_update
 
-__all__ = ["RingSum", "encoding_from_table", "encoding_to_table", "ring_rows", "total_of"]
+__all__ = ["Encoding", "RingSum", "encoding_from_table", "encoding_to_table", "ring_rows", "total_of"]
+
+Encoding = RingEncoding | NoisedEncoding
+"""What a secure sum's vectors mean: reals with their scalars, or integers to which each client added its noise."""
 
 
-def encoding_to_table(encoding: RingEncoding) -> dict[str, Any]:
+def encoding_to_table(encoding: Encoding) -> dict[str, Any]:
     """Return what both sides must know of an encoding, beside the ring's bits, as plain values."""
+    if isinstance(encoding, NoisedEncoding):
+        return encoding.to_table()
     scalars = [
         ["count", scalar.name, scalar.most] if isinstance(scalar, Count) else ["measure", scalar.name, scalar.scale]
         for scalar in encoding.scalars
@@ -34,34 +40,41 @@ def encoding_to_table(encoding: RingEncoding) -> dict[str, Any]:
     return {"clip": encoding.clip, "clients": encoding.clients, "max_weight": weight, "scalars": scalars}
 
 
-def encoding_from_table(table: Mapping[str, Any], bits: int) -> RingEncoding:
+def encoding_from_table(table: Mapping[str, Any], bits: int) -> Encoding:
     """Return the encoding that `encoding_to_table` described.
 
     Raises: SecureAggregationError: if it is none.
     """
     try:
-        scalars: list[Scalar] = []
-        for kind, name, size in table["scalars"]:
-            scalars.append({"count": Count, "measure": Measure}[kind](name, size))
-        encoding = RingEncoding(
-            table["clip"], table["clients"], bits=bits, max_weight=table["max_weight"], scalars=tuple(scalars)
-        )
+        encoding = NoisedEncoding.from_table(table) if "noise" in table else _reals_from_table(table, bits)
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise SecureAggregationError(f"the secure sum's encoding cannot be used: {error}") from error
-    if encoding_to_table(encoding) != dict(table):
+    if encoding_to_table(encoding) != dict(table) or encoding.bits != bits:
         raise SecureAggregationError("the secure sum's encoding holds what this version does not know")
     return encoding
 
 
-def ring_rows(encoding: RingEncoding, update: Update, keys: Sequence[SecretBytes]) -> NDArray[Any]:
+def _reals_from_table(table: Mapping[str, Any], bits: int) -> RingEncoding:
+    scalars: list[Scalar] = []
+    for kind, name, size in table["scalars"]:
+        scalars.append({"count": Count, "measure": Measure}[kind](name, size))
+    return RingEncoding(
+        table["clip"], table["clients"], bits=bits, max_weight=table["max_weight"], scalars=tuple(scalars)
+    )
+
+
+def ring_rows(encoding: Encoding, update: Update, keys: Sequence[SecretBytes]) -> NDArray[Any]:
     """Return the ring vectors of one client's update, or of K: (K, length).
 
     The values of an update are already weighted; the encoding weighs, so they are divided by their weight first.
-    Metrics beyond their range are taken for its end; counts and weights beyond theirs are refused.
+    Metrics beyond their range are taken for its end; counts and weights beyond theirs are refused. Where clients add
+    noise, metrics are left out, and rounding and noise take fresh keys instead of `keys`.
     Args: keys: of the rounding, 32 bytes for each.
     Raises: SecureAggregationError: if anything is not finite, out of range, or not what the encoding sums.
     """
     values, weight = torch.atleast_2d(update.values), torch.atleast_1d(update.weight)
+    if isinstance(encoding, NoisedEncoding):
+        return encoding.encode_rows(values.numpy(force=True), weight.tolist())
     if bool((weight != 1).any()):
         values = values / weight.unsqueeze(-1).to(values)
     wanted = {scalar.name for scalar in encoding.scalars}
@@ -86,9 +99,11 @@ def _in_range(scalar: Scalar, values: Tensor) -> list[float]:
 
 
 def total_of(decoded: Decoded) -> Total:
-    """Return what a decoded sum is to a strategy; `facts` tells how many coordinates were clipped."""
+    """Return what a decoded sum is to a strategy; `facts` tells how many coordinates were clipped, and the noise."""
     values = torch.from_numpy(decoded.values.astype(np.float32))
     facts = {"clipped": float(decoded.clipped)}
+    if isinstance(decoded, NoisedDecoded):
+        facts["noise"] = decoded.noise
     return Total(values, decoded.weight, decoded.count, dict(decoded.scalars), facts)
 
 
@@ -99,7 +114,7 @@ class RingSum(Accumulator):
     Args: rounding: the key of the rounding of each client's vector, completed by the client's number.
     """
 
-    def __init__(self, encoding: RingEncoding, size: int, rounding: tuple[Key, ...]) -> None:
+    def __init__(self, encoding: Encoding, size: int, rounding: tuple[Key, ...]) -> None:
         super().__init__(size, encoding.max_weight or 1.0)
         self.encoding, self._rounding = encoding, rounding
         self.ring: NDArray[Any] = np.zeros(encoding.length(size), ring_type(encoding.bits))

@@ -18,15 +18,15 @@ from fedml_core.wire import Frame, Tree, from_frame, to_frame
 _FORMAT = "fedveil/1"
 
 
-def save_tree(path: Path, kind: str, tree: Tree) -> None:
-    """Write `tree` to `path` atomically, with its kind and checksum.
+def save_tree(path: Path, kind: str, tree: Tree, mode: int = 0o644) -> None:
+    """Write `tree` to `path` atomically, with its kind and checksum; `mode`: who may read the file.
 
     Guarantees: after a crash or power cut at any moment, `path` holds either the old file or the whole new one.
     """
     frame = to_frame(kind, tree)
     tensors = {name: torch.from_numpy(array) for name, array in frame.arrays.items()}
     metadata = {"format": _FORMAT, "kind": kind, "header": frame.header, "sha256": _checksum(frame)}
-    write_atomically(path, _save_tensors(tensors, metadata))
+    write_atomically(path, _save_tensors(tensors, metadata), mode)
 
 
 def load_tree(path: Path, kind: str) -> dict[str, Any]:

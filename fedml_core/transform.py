@@ -122,6 +122,14 @@ class Transform(Named):
         """Return what an accountant must be told about one round, or None for nothing."""
         return None
 
+    def placed(self, left: Transform, right: Transform) -> Transform:
+        """Return what stands in a chain for this transform, between what is left and what is right of it.
+
+        Noise calibrates itself here to what is left of it, or refuses; nearly everything else stays as it is.
+        Raises: PrivacyError: if it cannot protect in this place.
+        """
+        return self
+
     def client_half(self) -> Transform | None:
         """Return what a client needs of this transform, or None if its client half is the identity."""
         kind = type(self)
@@ -203,8 +211,9 @@ class Chain(Transform):
 
 
 def chain(*transforms: Transform) -> Transform:
-    """Return the transforms as one; nested chains are flattened and identities dropped.
+    """Return the transforms as one; nested chains are flattened, identities dropped, and noise calibrated.
 
+    Raises: PrivacyError: if noise finds no bound to its left, or something to its right that would change the sum.
     Example:
         >>> chain(Transform(), chain()) == chain()
         True
@@ -217,4 +226,9 @@ def chain(*transforms: Transform) -> Transform:
             parts.extend(transform.parts)
         elif type(transform) is not Transform:
             parts.append(transform)
-    return Chain(tuple(parts))
+    return Chain(
+        tuple(
+            part.placed(Chain(tuple(parts[:place])), Chain(tuple(parts[place + 1 :])))
+            for place, part in enumerate(parts)
+        )
+    )

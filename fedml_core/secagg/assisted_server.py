@@ -55,7 +55,7 @@ class AssistedServer:
         self.desk = AdvertDesk(parameters, roster, verify)
         self._binding = self._bound = b""
         self._contributions: dict[int, Contribution] = {}
-        self._waiting: dict[int, NDArray[Any]] = {}
+        self._waiting: dict[frozenset[int], NDArray[Any]] = {}
         self._gathering: dict[int, set[int]] = {}
         self._accepted: dict[int, set[int]] = {}
         self._live: set[int] = set()
@@ -136,6 +136,24 @@ class AssistedServer:
 
         Raises: SecureAggregationError: if it is not this member's own, its first, signed by it, and for this work.
         """
+        contribution = self._read(member, message)
+        check_vector(self.parameters, vector, "the masked vector")
+        self._contributions[member], self._waiting[frozenset({member})] = contribution, vector
+
+    def receive_contribution_sum(self, messages: Mapping[int, bytes], vector: NDArray[Any]) -> None:
+        """Take many members' messages and the sum of their masked vectors, which a simulation has taken already.
+
+        It is in the sum if every assistant that is there accepts all of these members; otherwise none of them is.
+        Raises: SecureAggregationError: as `receive_contribution`, for any of them; then nothing was taken.
+        """
+        contributions = {member: self._read(member, message) for member, message in messages.items()}
+        check_vector(self.parameters, vector, "the sum of masked vectors")
+        if contributions:
+            self._contributions.update(contributions)
+            self._waiting[frozenset(contributions)] = vector
+
+    def _read(self, member: int, message: bytes) -> Contribution:
+        """Return a member's contribution, checked."""
         panel = self.panel
         require(member in self._cohort, f"member {member} was not asked to contribute")
         require(member not in self._contributions, f"member {member} contributed before")
@@ -148,8 +166,7 @@ class AssistedServer:
         require(contribution.member == member, f"member {member} contributes as member {contribution.member}")
         if self.parameters.active:
             contribution.check(self._bound, self._roster, self._verify)
-        check_vector(self.parameters, vector, "the masked vector")
-        self._contributions[member], self._waiting[member] = contribution, vector
+        return contribution
 
     def roundup(self, assistant: int) -> bytes:
         """Return the message with the contributions that an assistant was not sent yet, to be sent now.
@@ -188,9 +205,10 @@ class AssistedServer:
         """Add the vectors that every assistant which is there can unmask, and let go of them."""
         if not self._live or self._contributors:
             return
-        for member in sorted(set(self._waiting).intersection(*(self._accepted[one] for one in self._live))):
-            np.add(self._total, self._waiting.pop(member), out=self._total)
-            self._summed.append(member)
+        accepted = set(self._contributions).intersection(*(self._accepted[one] for one in self._live))
+        for members in [members for members in self._waiting if members <= accepted]:
+            np.add(self._total, self._waiting.pop(members), out=self._total)
+            self._summed.extend(members)
 
     def close_contributions(self) -> bytes:
         """Return the message that names the contributors: everybody whom all assistants that are there accepted.
@@ -199,7 +217,7 @@ class AssistedServer:
         """
         self._require_quorum(self._live)
         if len(self._summed) < self.parameters.minimum:
-            counts = f"{len(self._summed)} contributions were accepted, {len(self._waiting)} were not"
+            counts = f"{len(self._summed)} contributions were accepted, {sum(map(len, self._waiting))} were not"
             raise ThresholdError(f"{counts}; the minimum is {self.parameters.minimum}")
         self._contributors = tuple(sorted(self._summed))
         self._waiting.clear()

@@ -13,6 +13,7 @@ from fedml_core.errors import ConfigError
 from fedml_core.training import Training
 
 TASK = 'task = "task.py"\n'
+SITE = 'id = 0\ntask = "task.py"\n[secure_aggregation]\n'
 
 
 def run_of(folder: Path, text: str, *overrides: str) -> RunConfig:
@@ -222,6 +223,21 @@ def test_a_site_says_who_it_is(tmp_path: Path) -> None:
         ('id = -1\ntask = "task.py"\n', "id must be >= 0, got -1"),
         ('id = 0\ntask = "task.py"\n[key]\n', "unknown key 'key'; did you mean 'keys'?"),
         ('id = 0\ntask = "task.py"\ndata = 3\n', "data must be a table, got 3"),
+        (
+            f'{SITE}operator = "AB12"\n',
+            "secure_aggregation.operator must be the 64 hex digits that fedveil keys operator printed, got 'AB12'",
+        ),
+        (
+            f"{SITE}required = true\n",
+            "secure_aggregation must name the operator where required = true, or no server could ever be answered, got "
+            "{'required': True}",
+        ),
+        (f"{SITE}minimum_cohort = 1\n", "secure_aggregation.minimum_cohort must be >= 2, got 1"),
+        (f"{SITE}minimum_threshold = 1\n", "secure_aggregation.minimum_threshold must be >= 2, got 1"),
+        (f"{SITE}corrupt_share = 1.0\n", "secure_aggregation.corrupt_share must be < 1, got 1.0"),
+        (f"{SITE}minimum_security_bits = 19\n", "secure_aggregation.minimum_security_bits must be >= 20, got 19"),
+        (f"{SITE}maximum_attempts = 0\n", "secure_aggregation.maximum_attempts must be >= 1, got 0"),
+        (f"{SITE}allow_semi_honest = 1\n", "secure_aggregation.allow_semi_honest must be true or false, got 1"),
     ],
 )
 def test_a_mistake_in_a_site_toml_is_told(tmp_path: Path, text: str, said: str) -> None:
@@ -229,6 +245,22 @@ def test_a_mistake_in_a_site_toml_is_told(tmp_path: Path, text: str, said: str) 
     with pytest.raises(ConfigError) as caught:
         load_site(tmp_path)
     assert str(caught.value) == f"{tmp_path / 'site.toml'}: {said}"
+
+
+def test_a_site_demands_protection_by_default_and_by_its_own_numbers(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text('id = 4\ntask = "task.py"\n')
+    table = load_site(tmp_path).secure_aggregation
+    assert (table.required, table.operator, table.roster, table.allow_semi_honest) == (
+        False,
+        None,
+        "roster.json",
+        False,
+    )
+    assert (table.minimum_cohort, table.minimum_threshold, table.maximum_attempts) == (3, 2, 3)
+    assert (table.corrupt_share, table.minimum_security_bits) == (0.1, 60)
+    (tmp_path / "site.toml").write_text(f'{SITE}required = true\noperator = "{"ab" * 32}"\nminimum_cohort = 8\n')
+    table = load_site(tmp_path).secure_aggregation
+    assert (table.required, table.operator, table.minimum_cohort) == (True, "ab" * 32, 8)
 
 
 def test_every_key_is_described() -> None:
@@ -242,3 +274,43 @@ def test_every_key_is_described() -> None:
             options = (info.annotation, *get_args(info.annotation))
             waiting += [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
     assert Training in seen
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            '[policy]\naccept = ["secret"]\n',
+            "policy.accept.0: 'secret' is no protection; known: none, secure-aggregation, central, distributed, local, "
+            "example, joined by + where all must, got 'secret'",
+        ),
+        (
+            '[policy]\naccept = ["none+local"]\n',
+            "policy.accept.0: none cannot be joined with a protection, got 'none+local'",
+        ),
+        ("[policy]\nruns = []\n", "policy must name at least one of runs, or leave runs out, got {'runs': []}"),
+        (
+            "[policy]\nmaximum_epoch = 1\n",
+            "unknown key 'policy.maximum_epoch'; did you mean 'maximum_epochs' or 'maximum_steps' or 'maximum_rounds'?",
+        ),
+        ("[policy.central]\nmaximum_clip_norm = 0\n", "policy.central.maximum_clip_norm must be > 0, got 0"),
+        ("[policy.metrics]\nstep = -1.0\n", "policy.metrics.step must be > 0, got -1.0"),
+        ("[budget]\nepsilon = 0.0\n", "budget.epsilon must be > 0, got 0.0"),
+        ("[budget]\ndelta = 1.0\n", "budget.delta must be < 1, got 1.0"),
+        ('[budget]\nunit = "patient"\n', "budget.unit must be 'example' or 'client', got 'patient'"),
+        ('[ledger]\ndataset = ""\n', "ledger.dataset must be text that is not empty, got ''"),
+    ],
+)
+def test_a_mistake_in_a_policy_a_budget_or_a_ledger_is_told(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "site.toml").write_text(f'id = 4\ntask = "task.py"\n{text}')
+    with pytest.raises(ConfigError) as caught:
+        load_site(tmp_path)
+    assert str(caught.value).splitlines()[0] == f"{tmp_path / 'site.toml'}: {said}"
+
+
+def test_a_site_counts_examples_and_a_server_clients_unless_they_say_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text('id = 4\ntask = "task.py"\n')
+    (tmp_path / "run.toml").write_text(TASK)
+    site, run = load_site(tmp_path), load_run(tmp_path)
+    assert (site.budget.unit, site.budget.limited, site.policy.accept) == ("example", False, ["none"])
+    assert (run.budget.unit, run.budget.limited, run.ledger.path) == ("client", False, None)

@@ -1,0 +1,5 @@
+"""Differential privacy: what is released, how much noise it carries, and what that costs."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)
