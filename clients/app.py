@@ -10,6 +10,7 @@ import typer
 from fedml_core.console import AsJson, Debug, Quiet, command
 
 keys = typer.Typer()
+ledger = typer.Typer()
 commands = typer.Typer()
 
 _EXAMPLES = """Examples:
@@ -41,6 +42,55 @@ def new_keys(
             ]
         )
         console.result({"keys": str(secret), "public": str(public), "fingerprint": made.fingerprint})
+
+
+Where = Annotated[Path, typer.Argument(help="The site.toml, a folder with one, a run's folder, or the file itself.")]
+Head = Annotated[Path | None, typer.Option(help="The file that says how far the ledger went, if not beside it.")]
+
+
+@ledger.command("show")
+def show_ledger(
+    where: Where = Path("site.toml"),
+    delta: Annotated[float | None, typer.Option(help="At which epsilon is given; by default the site.toml's.")] = None,
+    head: Head = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Anywhere: say what was spent on the data, by run and in all, with unit, adjacency, sampling and delta."""
+    with command(as_json=as_json, debug=debug) as console:
+        from clients.ledger_report import find, say_spent
+
+        say_spent(console, find(where, head), delta)
+
+
+@ledger.command("verify")
+def verify_ledger(
+    where: Where = Path("site.toml"),
+    noted: Annotated[str | None, typer.Option("--noted", help="A hash of the ledger that was noted earlier.")] = None,
+    head: Head = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Anywhere: check that no entry was changed, exchanged or taken out; names the first one that was."""
+    with command(as_json=as_json, debug=debug) as console:
+        from clients.ledger_report import find, say_verified
+
+        say_verified(console, find(where, head), noted)
+
+
+@ledger.command("export")
+def export_ledger(
+    where: Where = Path("site.toml"),
+    out: Annotated[Path | None, typer.Option(help="A new file; by default stdout.")] = None,
+    head: Head = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Anywhere: write every entry as one JSON line, with its hash. It holds names and numbers, no data."""
+    with command(as_json=as_json, debug=debug) as console:
+        from clients.ledger_report import find, say_export
+
+        say_export(console, find(where, head), out)
 
 
 @commands.command("client", epilog=_EXAMPLES)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from clients.fleet import FleetClient
+from clients.secagg import Standing
 from clients.service import SiteService
+from clients.standing import standing_of
 from fedml_core.config import SiteConfig, load_site
 from fedml_core.console import Console
 from fedml_core.errors import ConfigError
@@ -68,12 +70,27 @@ def serve_site(console: Console, path: Path, connection: Connection) -> None:
         if connection.insecure:
             _share_the_machine()
         task = load_task(config.task, config.folder)
-        service = SiteService(config, task, console.note, _tracer(console))
+        service = SiteService(
+            config,
+            task,
+            console.note,
+            _tracer(console),
+            standing=_standing(config),
+            server=connection.server,
+        )
         console.on_interrupt = lambda: f"; {_answered(service.facts)}; start it again to go on"
         connection.client(config).serve(service.handle, service.stop, console.note)
         facts = service.outcome()
         console.say(f"the server says goodbye: {facts['goodbye']}; {_answered(facts)}")
         console.result({**facts, **service.summary, "server": connection.server})
+
+
+def _standing(config: SiteConfig) -> Standing | None:
+    """Return who the site is in secure sums, or None if its site.toml lets it take part in none."""
+    policy = config.secure_aggregation
+    if policy.operator is None and not policy.allow_semi_honest:
+        return None
+    return standing_of(config, threads=os.cpu_count() or 1)
 
 
 def _share_the_machine() -> None:

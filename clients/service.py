@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from clients.client import Client
+from clients.gate import Gate
 from clients.memory import FileMemory
+from clients.secagg import Standing
 from clients.torch_trainer import TorchTrainer
 from fedml_core.config import SiteConfig
 from fedml_core.data import ClientData
@@ -35,6 +37,7 @@ from fedml_core.messages import (
     Failure,
     Refusal,
     Reply,
+    SecureAnswer,
     assignment_from_frame,
     reply_to_frame,
 )
@@ -44,7 +47,7 @@ from fedml_core.wire import Frame, from_frame
 
 __all__ = ["SiteService", "redacted"]
 
-_WORK = ("train", "evaluate")
+_WORK = ("train", "evaluate", "secure")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class SiteService:
     Guarantees: nothing that a server sends is executed; what is asked for is built from classes installed here. Data
     are loaded once, when they are first needed, and kept. Memories lie in the site's own folder, by run.
 
-    Args: say: told in one line what is done. on_error: told every error, with its traceback.
+    Args: say: told in one line what is done. on_error: told every error, with its traceback. standing: who this site
+        is in secure sums. server: HOST:PORT, for the policy and the ledger.
     Raises: ConfigError, TaskError: if the site could never answer.
     """
 
@@ -72,6 +76,9 @@ class SiteService:
         task: Task,
         say: Callable[[str], object],
         on_error: Callable[[Exception], object] | None = None,
+        *,
+        standing: Standing | None = None,
+        server: str = "",
     ) -> None:
         if task.site_data is None:
             raise TaskError(
@@ -81,6 +88,8 @@ class SiteService:
         choose_device(config.device)
         self.stop = threading.Event()
         self._config, self._task, self._say, self._on_error = config, task, say, on_error
+        self._standing = standing
+        self._gate = Gate(config, server=server)
         self._read = guarded(task.site_data, "the task's site_data", f"for {config.path}")
         self._data: ClientData | None = None
         self._run: _Run | None = None
@@ -183,7 +192,17 @@ class SiteService:
         number = self._config.id
         trainer = TorchTrainer(self._task, hello.seed, device=self._config.device)
         memory = FileMemory(self._config.beside(self._config.memory) / hello.run / f"client-{number}.fedveil")
-        return _Run(hello, trainer, Client(number, self._load, trainer, memory))
+        only_secure = self._config.secure_aggregation.required
+        client = Client(
+            number,
+            self._load,
+            trainer,
+            memory,
+            standing=self._standing,
+            only_secure=only_secure,
+            gate=self._gate,
+        )
+        return _Run(hello, trainer, client)
 
     def _work(self, frame: Frame) -> Frame:
         run, started = self._run, time.perf_counter()
@@ -221,7 +240,15 @@ class SiteService:
         if isinstance(body, Failure | Refusal):
             self._counts["failed"] += 1
             if told:
-                self._tell(told[-1], f"{where}: {body.rule}: {told[-1]}")
+                cause = told[-1].__cause__
+                why = f" ({cause})" if isinstance(cause, FedveilError) else ""
+                self._tell(told[-1], f"{where}: {body.rule}: {told[-1]}{why}")
+            return
+        if isinstance(body, SecureAnswer):
+            self._seconds += seconds
+            if body.vector is not None:
+                self._counts["trained"] += 1
+                self._say(f"{where}: trained and sent a masked update in {seconds:.1f} s")
             return
         sums = {name: float(value) for name, value in body.sums.items()}
         done = "trained" if isinstance(body, Update) else "evaluated"

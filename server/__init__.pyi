@@ -2,6 +2,7 @@ from .checkpoint import RunState as RunState
 from .checkpoint import load_checkpoint as load_checkpoint
 from .checkpoint import save_checkpoint as save_checkpoint
 from .coordinator import Coordinator as Coordinator
+from .flower import SecureFlowerStrategy as SecureFlowerStrategy
 from .history import History as History
 from .history import RunFolder as RunFolder
 from .history import read_history as read_history
@@ -11,6 +12,7 @@ from .plan import Plan as Plan
 from .round import RoundReport as RoundReport
 from .sampling import EveryClient as EveryClient
 from .sampling import FixedSampling as FixedSampling
+from .sampling import MinimumSeparation as MinimumSeparation
 from .sampling import PoissonSampling as PoissonSampling
 from .sampling import Sampling as Sampling
 from .validation import Exclusion as Exclusion

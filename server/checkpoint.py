@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ class RunState:
 
     `round`: rounds done, void ones included. `accepted`: rounds that changed the model. `report`: the last round's, so
     that a history that was cut off can be completed. `best`, `stale`: early stopping's best value and the number of
-    evaluations since. `extra`: what the runner keeps, such as the memories of a simulation's clients.
+    evaluations since. `extra`: what the runner keeps, such as the memories of a simulation's clients. `events`: what an
+    accountant must be told of the rounds begun so far. `secret`: the seed of cohorts, in hexadecimal, where privacy
+    rests on nobody's knowing them; it is never sent, and None where the plan's own seed serves.
     """
 
     run: str
@@ -37,13 +39,16 @@ class RunState:
     stale: int = 0
     report: Mapping[str, Any] | None = None
     extra: State = field(default_factory=dict, repr=False)
+    events: Sequence[Mapping[str, Any]] = field(default_factory=tuple, repr=False)
+    secret: str | None = field(default=None, repr=False)
 
 
 def save_checkpoint(folder: Path, state: RunState, plan: Plan) -> Path:
     """Write the state to `folder` and return the file's path."""
     path = folder / FILE_NAME
     body = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    save_tree(path, "checkpoint", {**body, "plan": plan.identity()})
+    mode = 0o644 if state.secret is None else 0o600  # whoever reads secrets or past noise can undo the protection
+    save_tree(path, "checkpoint", {**body, "plan": plan.identity()}, mode)
     return path
 
 

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fedml_core.errors import ConfigError, FedveilError, RunError
+from fedml_core.errors import ConfigError, FedveilError, PrivacyError, RunError
 from fedml_core.messages import Assignment, Channel, EvaluateWork, TrainWork, Work, assignment_to_frame
 from fedml_core.model import ModelSpec
 from fedml_core.spans import span
 from fedml_core.transform import Draws, State
 from server.checkpoint import RunState
+from server.gathering import Gathered, Gathering, InTheClear, Order
 from server.plan import Plan
 from server.round import LISTED, RoundReport, virtual_time
-from server.validation import EvaluationIntake, UpdateIntake, averages
+from server.validation import EvaluationIntake, averages
+
+if TYPE_CHECKING:
+    from fedml_core.privacy.accounting import Claim
 
 Evaluate = Callable[[Tensor], Mapping[str, float]]
 Derive = Callable[[Mapping[str, float]], Mapping[str, float]]
+Reserve = Callable[[Sequence[Mapping[str, Any]]], object]
 
 
 class Coordinator:
@@ -28,7 +35,8 @@ class Coordinator:
 
     Args: plan: what each round does. spec: the model's. state: from `begin` or a checkpoint.
         evaluate: returns summed metrics of parameters on the server's test data, or None where it has none.
-        derive: metrics made of averages, such as a root mean square error.
+        derive: metrics made of averages, such as a root mean square error. gathering: how updates come together.
+        reserve: is given the privacy events of a round before anybody is asked, and may refuse it by raising.
 
     Example:
         for report in coordinator.rounds(channel, 20):
@@ -43,26 +51,38 @@ class Coordinator:
         *,
         evaluate: Evaluate | None = None,
         derive: Derive | None = None,
+        gathering: Gathering | None = None,
+        reserve: Reserve | None = None,
     ) -> None:
         self.plan = plan
         self.spec = spec
         self.state = state
         self._evaluate = evaluate
         self._derive = derive
+        self._gathering = gathering or InTheClear(plan.strategy, spec)
+        self._reserve = reserve
+        self._terms = plan.strategy.privacy()
 
     @staticmethod
     def begin(plan: Plan, spec: ModelSpec, parameters: Tensor, run: str) -> RunState:
         """Return the state before the first round."""
-        return RunState(run, spec.fingerprint, parameters, plan.strategy.init(spec))
+        secret = None if plan.strategy.privacy() is None else os.urandom(32).hex()
+        return RunState(run, spec.fingerprint, parameters, plan.strategy.init(spec), secret=secret)
 
     def rounds(self, channel: Channel, count: int) -> Iterator[RoundReport]:
         """Yield a report after each round until `count` rounds are done in all, or early stopping says so.
 
         `self.state` is complete at each yield, and may be saved then.
-        Raises: RunError: after the last round, if every round of the run was void: there is no result.
+        Raises: RunError: after the last round, if every round of the run was void: there is no result. PrivacyError:
+            before a round that nothing can account for, or that correlated noise does not cover.
         """
         if count < 1:
             raise ConfigError(f"rounds must be >= 1, got {count}")
+        if self._terms is not None and self._terms.rounds is not None and count > self._terms.rounds:
+            raise PrivacyError(
+                f"the noise is for a run of {self._terms.rounds} rounds, and {count} were asked for; ask for fewer, "
+                "or begin a new run with noise for more"
+            )
         while self.state.round < count and not self.stopped_early:
             yield self._round(channel, final=self.state.round + 1 == count)
         if self.state.accepted == 0:
@@ -81,11 +101,12 @@ class Coordinator:
         number = self.state.round + 1
         clients = channel.clients(number)  # which may wait for some to come: no part of the round's time
         started = time.perf_counter()
-        cohort = self.plan.sampling.cohort(clients, number, self.plan.seed)
-        intake, bytes_down = self._train(channel, cohort, number)
+        claim = self._charge(len(clients))
+        cohort = self._cohort(clients, number)
+        gathered = self._gathering.gather(channel, self._order(clients, cohort, number))
         with span("server step"):
-            parameters, strategy, why = self._step(intake, len(clients), number)
-        metrics = {"train": self._metrics(intake.accumulator.sums)} if intake.accepted else {}
+            parameters, strategy, why = self._step(gathered, len(clients), number)
+        metrics = {"train": self._metrics(gathered.total.sums)} if gathered.accepted else {}
         if self.plan.evaluation.due(number) or final:
             with span("evaluate"):
                 evaluated = self._evaluations(channel, clients, parameters, number)
@@ -97,42 +118,74 @@ class Coordinator:
             status="void" if why else "ok",
             why=why,
             cohort=len(cohort),
-            replies=len(intake.accepted),
-            participants=sorted(intake.accepted),
-            missing=intake.missing,
-            excluded=tuple(sorted(intake.excluded, key=lambda row: (row.client, row.rule))),
+            replies=len(gathered.accepted),
+            participants=gathered.accepted,
+            missing=gathered.missing,
+            excluded=tuple(sorted(gathered.excluded, key=lambda row: (row.client, row.rule))),
             metrics={**metrics, **evaluated.metrics},
-            bytes_up=intake.bytes_up + evaluated.bytes_up,
-            bytes_down=bytes_down + evaluated.bytes_down,
+            bytes_up=gathered.bytes_up + evaluated.bytes_up,
+            bytes_down=gathered.bytes_down + evaluated.bytes_down,
             seconds=round(time.perf_counter() - started, 6),
             protection=self.plan.strategy.protection(),
+            epsilon=None if claim is None else claim.epsilon,
+            privacy=None if claim is None else claim.to_json(),
             virtual_seconds=virtual_seconds,
             virtual_clock=virtual_clock,
             notes=evaluated.notes,
+            secure=gathered.facts or None,
         )
         self.state = self._advance(report, parameters, strategy)
         return report
 
-    def _train(self, channel: Channel, cohort: Sequence[int], number: int) -> tuple[UpdateIntake, int]:
+    def _charge(self, population: int) -> Claim | None:
+        """Count the round before anybody is asked, and return what the run costs once it is over."""
+        if self._terms is None:
+            return None
+        from server.books import charged, claim_of
+
+        plan = self.plan
+        if self._terms.secret_cohort and self.state.secret is None:
+            raise PrivacyError(
+                "the run's state has no secret to sample by, so cohorts could be foretold; begin a new run"
+            )
+        spent, new = charged(self.state.events, plan.strategy, plan.sampling, population)
+        claim = claim_of(spent, self._terms, plan.sampling)
+        if self._reserve is not None:
+            self._reserve(new)
+        self.state = dataclasses.replace(self.state, events=spent)
+        return claim
+
+    def _cohort(self, clients: Sequence[int], number: int) -> list[int]:
+        """Return who is asked; nobody outside can draw it again where privacy rests on that."""
+        secret = self.state.secret
+        seed = self.plan.seed if secret is None else int(secret, 16)
+        return self.plan.sampling.cohort(clients, number, seed)
+
+    def _order(self, clients: Sequence[int], cohort: Sequence[int], number: int) -> Order:
         plan, state = self.plan, self.state
         told = plan.strategy.told(state.strategy)
-        work = TrainWork(plan.training, plan.strategy.client_half(), told, plan.seed)
+        server_noise = self._terms is not None and self._terms.server_noise
+        promised = plan.strategy.pipeline().event() if server_noise else None
+        work = TrainWork(plan.training, plan.strategy.client_half(), told, plan.seed, promised=promised)
         assignment = self._assignment(number, state.parameters, work)
-        intake = UpdateIntake(assignment, cohort, plan.strategy.accumulator(self.spec))
-        return intake, _exchange(channel, assignment, intake, cohort, plan.round_timeout_s)
+        following = self._cohort(clients, number + 1) if self._gathering.looks_ahead else ()
+        return Order(assignment, cohort, state.strategy, following, plan.round_timeout_s)
 
-    def _step(self, intake: UpdateIntake, clients: int, number: int) -> tuple[Tensor, State, str]:
-        unchanged, replies = (self.state.parameters, self.state.strategy), len(intake.accepted)
-        if clients == 0:
+    def _step(self, gathered: Gathered, clients: int, number: int) -> tuple[Tensor, State, str]:
+        unchanged, replies = (self.state.parameters, self.state.strategy), len(gathered.accepted)
+        hidden = self._terms is not None and self._terms.server_noise  # an empty round is noised as any other
+        if clients == 0 and not hidden:
             return *unchanged, "no client could be asked"
-        if replies < self.plan.minimum_replies:
+        if gathered.why:
+            return *unchanged, gathered.why
+        if replies < self.plan.minimum_replies and not hidden:
             return *unchanged, f"{replies} good replies arrived, the minimum is {self.plan.minimum_replies}"
         draws = Draws.of(self.plan.seed, "decode", number)
         try:
-            step = self.plan.strategy.step(
-                self.state.parameters, intake.accumulator.total(), self.state.strategy, draws
-            )
+            step = self.plan.strategy.step(self.state.parameters, gathered.total, self.state.strategy, draws)
         except FedveilError as error:
+            if self._terms is not None and self._terms.rounds is not None:
+                raise  # correlated noise counts rounds: after one without a release it would be out of step
             return *unchanged, str(error)
         return *step, ""
 
@@ -190,7 +243,7 @@ class _Evaluated:
 def _exchange(
     channel: Channel,
     assignment: Assignment,
-    intake: UpdateIntake | EvaluationIntake,
+    intake: EvaluationIntake,
     cohort: Sequence[int],
     timeout_s: float | None,
 ) -> int:

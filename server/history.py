@@ -19,7 +19,7 @@ from server.checkpoint import FILE_NAME, RunState, load_checkpoint, save_checkpo
 from server.plan import Plan
 from server.round import RoundReport
 
-HISTORY, SUMMARY, PLOTS = "history.jsonl", "summary.json", "plots"
+HISTORY, SUMMARY, PLOTS, TRANSCRIPT = "history.jsonl", "summary.json", "plots", "secagg.jsonl"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class RunFolder:
                     f"{self.folder} holds a run; go on with --resume, replace it with --overwrite, or name "
                     "another --out"
                 )
-            for name in (FILE_NAME, HISTORY, SUMMARY):
+            for name in (FILE_NAME, HISTORY, SUMMARY, TRANSCRIPT):
                 (self.folder / name).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         return fresh()
@@ -84,6 +84,10 @@ class RunFolder:
         save_checkpoint(self.folder, state, self._plan)
         if state.report is not None:
             _append(self._history, state.report)
+
+    def transcribe(self, attempt: Mapping[str, Any]) -> None:
+        """Append what an attempt at a secure sum recorded, for whoever checks it later."""
+        _append(self.folder / TRANSCRIPT, attempt)
 
     def reports(self) -> list[RoundReport]:
         """Return the history so far."""
@@ -135,6 +139,7 @@ def summarise(reports: Sequence[RoundReport], **facts: Any) -> dict[str, Any]:
         "metrics": metrics,
         "protection": last.protection if last else "none",
         "epsilon": last.epsilon if last else None,
+        "privacy": last.privacy if last else None,
         "seconds": round(sum(report.seconds for report in reports), 3),
         "bytes_up": sum(report.bytes_up for report in reports),
         "bytes_down": sum(report.bytes_down for report in reports),

@@ -83,6 +83,10 @@ class Plan:
             raise ConfigError(f"minimum_replies must be >= 1, got {self.minimum_replies}")
         if self.round_timeout_s is not None and self.round_timeout_s <= 0:
             raise ConfigError(f"round_timeout_s must be > 0, got {self.round_timeout_s}")
+        if self.strategy.privacy() is not None:
+            from server.books import require_accountable  # loads the accountant, which others do without
+
+            require_accountable(self.strategy, self.sampling, self.minimum_replies)
 
     def identity(self) -> Mapping[str, Any]:
         """Return what must be equal for a checkpoint to go on: everything that decides the model."""

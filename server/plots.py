@@ -37,6 +37,7 @@ from server.plots_style import (
     whole_ticks,
 )
 from server.plots_time import time_figure
+from server.wording import privacy_terms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,7 +169,9 @@ def epsilon_figure(rounds: Rounds) -> Figure | None:
     axes.set_ylim(bottom=0)
     grid(axes.yaxis)
     last = max(spent)
-    _dress_rounds(axes, rounds, f"Privacy spent: epsilon {spent[last]:.3g} after round {last:,}", "epsilon so far")
+    terms = next((privacy_terms(row["privacy"]) for row in reversed(rounds) if row.get("privacy")), "")
+    title = f"Privacy spent: epsilon {spent[last]:.3g} after round {last:,}" + (f",\n{terms.strip()}" if terms else "")
+    _dress_rounds(axes, rounds, title, "epsilon so far")
     return figure
 
 

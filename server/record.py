@@ -7,8 +7,9 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fedml_core.console import Console
@@ -21,12 +22,16 @@ from fedml_core.storage import write_json
 from fedml_core.task import Task
 from fedml_core.transform import State
 from server.checkpoint import RunState
-from server.coordinator import Coordinator
+from server.coordinator import Coordinator, Reserve
 from server.history import PLOTS, SUMMARY, History, RunFolder, read_history, summarise
 from server.plan import Plan
 from server.progress import Progress
 from server.report import read_run, write_report
 from server.round import RoundReport
+
+if TYPE_CHECKING:
+    from server.secagg import SecureGathering, Witnesses
+    from server.secagg_assisted import AssistedGathering
 
 __all__ = ["Callback", "conclude", "coordinator_for", "finished", "record_rounds", "refuse_both", "watched"]
 
@@ -43,16 +48,49 @@ class Evaluates(Protocol):
         ...
 
 
-def coordinator_for(task: Task, plan: Plan, state: RunState, evaluator: Evaluates) -> Coordinator:
+def coordinator_for(
+    task: Task,
+    plan: Plan,
+    state: RunState,
+    evaluator: Evaluates,
+    *,
+    witnesses: Callable[[], Witnesses] | None = None,
+    folder: RunFolder | None = None,
+    reserve: Reserve | None = None,
+) -> Coordinator:
     """Return a coordinator that evaluates on the task's test data, if it has any and the plan wants it.
 
-    Raises: TaskError: if the test data are faulty.
+    `witnesses`: tells whose signatures count in secure sums. `folder`: keeps what these record. `reserve`: see
+    `Coordinator`.
+    Raises: TaskError: if the test data are faulty. ConfigError: if there are secure sums and no witnesses.
     """
     held_out = task.test_data() if task.test_data else None
     if held_out is not None:
         task.check(held_out, "the task's test_data")
     evaluate = None if held_out is None else lambda parameters: evaluator.evaluate(parameters, held_out)
-    return Coordinator(plan, evaluator.spec, state, evaluate=evaluate, derive=task.derive)
+    gathering = _secure_gathering(task, plan, evaluator, witnesses, folder) if plan.strategy.takes_secure_sums else None
+    return Coordinator(
+        plan, evaluator.spec, state, evaluate=evaluate, derive=task.derive, gathering=gathering, reserve=reserve
+    )
+
+
+def _secure_gathering(
+    task: Task, plan: Plan, evaluator: Evaluates, witnesses: Callable[[], Witnesses] | None, folder: RunFolder | None
+) -> SecureGathering | AssistedGathering:
+    from server.secagg import SecureGathering  # loads cryptography, which sums in the clear do without
+    from server.secagg_assisted import AssistedGathering
+    from strategies.secure import AssistedOneShot, SecureAggregation
+
+    if witnesses is None:
+        raise ConfigError(
+            "secure aggregation against an active server needs a roster that the operator has signed; give --roster"
+        )
+    assert isinstance(plan.strategy, SecureAggregation)
+    record = None if folder is None else folder.transcribe
+    if isinstance(plan.strategy.protocol, AssistedOneShot):
+        return AssistedGathering(plan.strategy, evaluator.spec, task.reported, witnesses, record=record)
+    threads = torch.get_num_threads()
+    return SecureGathering(plan.strategy, evaluator.spec, task.reported, witnesses, record=record, threads=threads)
 
 
 def record_rounds(

@@ -33,6 +33,8 @@ class RoundReport:
     `participants`, `missing`: client numbers (the first 1,000 of each). `metrics`: averages by place: "train" (over the
     participants' own training), "server", "clients". Bytes are message bodies, without the transport's framing.
     `virtual_seconds`, `virtual_clock`: what the round, and the run up to its end, would take on a simulated fleet.
+    `secure`: how a secure sum went, or None. `privacy`: `epsilon` with its delta, unit, adjacency, sampling and
+    accountant, after all rounds begun so far; None without differential privacy.
     """
 
     round: int
@@ -52,6 +54,8 @@ class RoundReport:
     notes: Sequence[str] = field(default_factory=tuple)
     virtual_seconds: float | None = None
     virtual_clock: float | None = None
+    secure: Mapping[str, Any] | None = None
+    privacy: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain values, one line of the history."""

@@ -13,7 +13,7 @@ from fedml_core.console import Console
 from fedml_core.errors import ConfigError, RunError
 from fedml_core.evaluation import Evaluator
 from fedml_core.handshake import Hello
-from fedml_core.identity import Roster, read_roster
+from fedml_core.identity import PinnedRoster, Roster, read_roster
 from fedml_core.loading import load_task
 from fedml_core.task import Task
 from fedml_core.termination import terminable
@@ -23,8 +23,11 @@ from server.coordinator import Coordinator
 from server.fleet import FleetServer
 from server.fleet_channel import FleetChannel
 from server.history import History, RunFolder
+from server.ledger import round_books
 from server.plan import Plan
 from server.record import conclude, coordinator_for, finished, record_rounds, refuse_both, watched
+from server.secagg import Witnesses
+from strategies.secure import SecureAggregation
 
 __all__ = ["Access", "Request", "RosterFile", "serve_file"]
 
@@ -125,7 +128,15 @@ def _serve(console: Console, request: Request, config: RunConfig, work: _Work) -
             resume=request.resume,
             overwrite=request.overwrite,
         )
-        coordinator = coordinator_for(work.task, plan, state, evaluator)
+        coordinator = coordinator_for(
+            work.task,
+            plan,
+            state,
+            evaluator,
+            witnesses=_witnesses(plan, roster),
+            folder=folder,
+            reserve=round_books(config, work.folder, plan, state),
+        )
         console.note(f"listening on {address}{', without TLS, for this machine only' if roster is None else ''}")
         with watched(console, config.rounds, work.folder, lambda: request.again(address)) as progress:
             channel = FleetChannel(
@@ -137,6 +148,24 @@ def _serve(console: Console, request: Request, config: RunConfig, work: _Work) -
                 on_turn=None if roster is None else lambda: roster.refresh(server, progress.note),
             )
             return _run(coordinator, channel, config.rounds, folder, progress)
+
+
+def _witnesses(plan: Plan, roster: RosterFile | None) -> Callable[[], Witnesses] | None:
+    """Return what tells whose signatures secure sums believe now, or None where that cannot be told."""
+    strategy = plan.strategy
+    if not isinstance(strategy, SecureAggregation):
+        return None
+    if not strategy.protocol.signed:
+        return Witnesses
+    if roster is None:
+        return None
+
+    def now() -> Witnesses:
+        pinned = PinnedRoster.of(roster.last)
+        return Witnesses(pinned.keys, pinned.digest)
+
+    now()  # an unsigned roster is refused before anybody is waited for
+    return now
 
 
 def _run(
@@ -169,11 +198,13 @@ class RosterFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._stamp: tuple[int, int] | None = None
+        self.last = self.read()
 
     def read(self) -> Roster:
-        """Return the roster, and remember which state of the file it was."""
+        """Return the roster, and remember it and which state of the file it was."""
         self._stamp = self._stamp_now()
-        return read_roster(self._path)
+        self.last = read_roster(self._path)
+        return self.last
 
     def refresh(self, server: FleetServer, say: Callable[[str], object]) -> None:
         """Admit exactly the sites of the file, if it has changed; a damaged file changes nothing."""

@@ -1,20 +1,34 @@
-"""Who takes part in a round. Draws are keyed by seed and round, so a resumed run samples what it would have sampled."""
+"""Who takes part in a round. Draws are keyed by seed and round, so a resumed run samples what it would have sampled.
+
+The seed is the run's, which clients know; where a strategy claims privacy, it is a secret of the run's instead, since
+sampling hides nobody from those who can draw it again. What a sampling is worth to an accountant, it says itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
+from fedml_core.checks import require_whole
 from fedml_core.errors import ConfigError
 from fedml_core.named import Named
-from fedml_core.randomness import seeded
+from fedml_core.randomness import key_bytes, seeded
+
+_WORDS = 1 << 10
 
 
 @dataclass(frozen=True)
 class Sampling(Named):
-    """Chooses a round's cohort; subclass it for your own rule. The base class asks everyone."""
+    """Chooses a round's cohort; subclass it for your own rule. The base class asks everyone.
+
+    `adjacency`: what two neighbouring populations are, where this sampling's events are accounted for.
+    """
+
+    adjacency: ClassVar[str] = "add-or-remove-one"
 
     def cohort(self, clients: Sequence[int], round_number: int, seed: int) -> list[int]:
         """Return the numbers of the clients to ask, each at most once, sorted; at most O(cohort) work for a `range`."""
@@ -22,6 +36,18 @@ class Sampling(Named):
 
     def require(self, population: int) -> None:
         """Raise ConfigError if this cannot be drawn from `population` clients."""
+
+    def event(self, population: int, inner: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what an accountant is told of a round in which `inner` happened to a secret cohort of `population`.
+
+        The base class claims nothing for itself: any client may have been in any round.
+        """
+        return inner
+
+    @property
+    def separation(self) -> int:
+        """Return the fewest rounds from one participation of a client to its next."""
+        return 1
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,8 @@ class EveryClient(Sampling):
 @dataclass(frozen=True)
 class FixedSampling(Sampling):
     """`size` clients without replacement, uniformly; all of them if fewer can be asked now."""
+
+    adjacency: ClassVar[str] = "replace-one"
 
     size: int
 
@@ -51,10 +79,19 @@ class FixedSampling(Sampling):
                 f"a cohort of {self.size} was asked for and there are {population} clients; ask for fewer"
             )
 
+    def event(self, population: int, inner: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return sampling without replacement; of no use where everybody was asked."""
+        if population <= self.size:
+            return inner
+        return {"name": "fixed-size", "population": population, "sample": self.size, "event": dict(inner)}
+
 
 @dataclass(frozen=True)
 class PoissonSampling(Sampling):
-    """Each client independently with probability `rate`; the cohort's size varies and may be 0."""
+    """Each client independently with probability `rate`; the cohort's size varies and may be 0.
+
+    The coins are those of an AES-256-CTR keystream, so without the seed they cannot be told from true ones.
+    """
 
     rate: float
 
@@ -65,10 +102,68 @@ class PoissonSampling(Sampling):
 
     def cohort(self, clients: Sequence[int], round_number: int, seed: int) -> list[int]:
         """Return the clients whose coin came up."""
-        draws = seeded(seed, "sample", round_number)
-        return _draw(clients, int(draws.binomial(len(clients), self.rate)), draws)
+        if self.rate == 1:
+            return sorted(clients)
+        places, count = _successes(self.rate, key_bytes(seed, "poisson", round_number, size=32)), len(clients)
+        chosen: list[int] = []
+        for place in places:
+            if place >= count:
+                break
+            chosen.append(clients[place])
+        return sorted(chosen)
+
+    def event(self, population: int, inner: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return Poisson sampling."""
+        return {"name": "poisson", "sampling_probability": float(self.rate), "event": dict(inner)}
+
+
+@dataclass(frozen=True)
+class MinimumSeparation(Sampling):
+    """Each client once in `rounds_apart` rounds: in those whose number has the client's remainder. No secret, no luck.
+
+    For noise that is correlated over rounds, which holds only while nobody comes back early. A client that cannot be
+    asked in its round waits for its next.
+    """
+
+    rounds_apart: int
+
+    def __post_init__(self) -> None:
+        """Check the rounds."""
+        require_whole("rounds_apart", self.rounds_apart, at_least=1)
+
+    def cohort(self, clients: Sequence[int], round_number: int, seed: int) -> list[int]:
+        """Return the clients whose turn it is."""
+        turn = round_number % self.rounds_apart
+        if isinstance(clients, range) and clients.step == 1:
+            return list(
+                range(clients.start + (turn - clients.start) % self.rounds_apart, clients.stop, self.rounds_apart)
+            )
+        return sorted(client for client in clients if client % self.rounds_apart == turn)
+
+    @property
+    def separation(self) -> int:
+        """Return `rounds_apart`."""
+        return self.rounds_apart
 
 
 def _draw(clients: Sequence[int], size: int, draws: np.random.Generator) -> list[int]:
     places = np.sort(draws.choice(len(clients), size=size, replace=False, shuffle=False)) if size else ()
     return sorted(clients[int(place)] for place in places)
+
+
+def _successes(rate: float, key: bytes) -> Iterator[int]:
+    """Yield the places of the successes among endless coins, by the geometric gaps between them.
+
+    A gap is exact up to 2^-53: it is the logarithm of a uniform number of so many bits.
+    """
+    from fedml_core.secagg.keystream import Keystream  # loads cryptography, which sampling everybody does without
+
+    stream, words, place = Keystream(key), np.empty(_WORDS, dtype="<u8"), -1
+    scale = 1 / math.log1p(-rate)
+    while True:
+        stream.into(words)
+        # Uniform in (0, 1]: its logarithm is finite.
+        uniform = ((words >> np.uint64(11)).astype(np.float64) + 1.0) * 2.0**-53
+        for gap in np.floor(np.log(uniform) * scale).tolist():
+            place += int(gap) + 1
+            yield place

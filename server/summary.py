@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from server.round import RoundReport
-from server.wording import PLACES, bytes_text, metrics_text, seconds_text, server_saw
+from server.wording import PLACES, bytes_text, metrics_text, privacy_terms, seconds_text, server_saw
 
 Row = tuple[str, str]
 
@@ -71,4 +71,6 @@ def _target(metric: str, target: float, round: int | None, virtual_seconds: floa
 
 def _privacy(summary: Mapping[str, Any]) -> str:
     epsilon = summary["epsilon"]
-    return f"epsilon {epsilon:.3g} so far" if epsilon is not None else "no differential privacy: epsilon has no bound"
+    if epsilon is None:
+        return "no differential privacy: epsilon has no bound"
+    return f"epsilon {epsilon:.3g} so far{privacy_terms(summary.get('privacy'))}"

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from server.round import RoundReport
 
 PLACES = {"server": "test data", "clients": "clients' held-out data", "train": "training"}
 """The places of metrics, the most telling first, and what they are measured on."""
 
+_SUM_ONLY = "only the sum of the participants' updates"
+_NO_NOISE = "nothing hides what a sum tells by itself"
 _SERVER_SAW = {
     "none": "every update of every participant; nothing was hidden from it",
+    "secure aggregation (SecAgg+, active server)": (
+        f"{_SUM_ONLY}, even if it breaks the protocol, while no more of them collude with it than stated; {_NO_NOISE}"
+    ),
+    "secure aggregation (SecAgg+, semi-honest server)": (
+        f"{_SUM_ONLY}, as long as it follows the protocol (semi-honest); {_NO_NOISE}"
+    ),
+    "secure aggregation (assisted, active server)": (
+        f"{_SUM_ONLY}, even if it breaks the protocol, while no more assistants collude with it than stated; "
+        f"{_NO_NOISE}"
+    ),
+    "secure aggregation (assisted, semi-honest server)": (
+        f"{_SUM_ONLY}, as long as it follows the protocol and no more assistants collude with it than stated; "
+        f"{_NO_NOISE}"
+    ),
 }
+_WITHOUT_MASKS = "; simulated without masks)"
 
 
 def server_saw(protection: str) -> str:
@@ -21,6 +39,8 @@ def server_saw(protection: str) -> str:
         >>> server_saw("none")
         'every update of every participant; nothing was hidden from it'
     """
+    if protection.endswith(_WITHOUT_MASKS):
+        return "every update of every participant: the masks were left out of this simulation"
     return _SERVER_SAW.get(protection, protection)
 
 
@@ -30,6 +50,21 @@ def headline(report: RoundReport) -> tuple[str, Mapping[str, float]]:
         if place in report.metrics:
             return place, {name: value for name, value in report.metrics[place].items() if name != "examples"}
     return "", {}
+
+
+def privacy_terms(privacy: Mapping[str, Any] | None) -> str:
+    """Return what an epsilon is worth nothing without, to be said behind it.
+
+    Example:
+        >>> privacy_terms({"delta": 1e-5, "unit": "client", "adjacency": "replace-one", "sampling": "none"})
+        ' at delta 1e-05 (unit client, adjacency replace-one, sampling none)'
+    """
+    if not privacy:
+        return ""
+    named = ", ".join(
+        f"{name} {privacy[name]}" for name in ("unit", "adjacency", "sampling", "accountant") if name in privacy
+    )
+    return f" at delta {privacy['delta']:g} ({named})"
 
 
 def metrics_text(metrics: Mapping[str, float]) -> str:

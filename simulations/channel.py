@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from fedml_core.messages import Arrived, Assignment
+from fedml_core.errors import StrategyError
+from fedml_core.messages import Arrived, Assignment, SecureWork
 from simulations.engines.engine import Session, Stage
 from simulations.virtual_time import VirtualClock
+
+if TYPE_CHECKING:
+    from simulations.secagg import SecureMembers
 
 
 class SimulationChannel:
     """Hands a cohort's work to an engine, with the faults that were asked for on the way.
 
     `clock`: of the fleet that the run is pretended to be on; without, everybody can be asked and nothing takes time.
+    `members`: the clients' halves of secure sums, or None.
     """
 
-    def __init__(self, stage: Stage, session: Session, clock: VirtualClock | None = None) -> None:
+    def __init__(
+        self, stage: Stage, session: Session, clock: VirtualClock | None = None, members: SecureMembers | None = None
+    ) -> None:
         self._stage = stage
         self._session = session
         self._clock = clock
+        self._members = members
 
     def clients(self, round_number: int) -> Sequence[int]:
         """Return the clients that can be asked in this round; with a fleet, in no order."""
@@ -34,6 +44,18 @@ class SimulationChannel:
         if self._clock is not None:
             reachable = self._clock.wait(assignment, cohort, reachable, timeout_s)
         yield from self._session.run(assignment, reachable)
+
+    def deliver(self, assignments: Mapping[int, Assignment], timeout_s: float | None) -> Iterator[Arrived]:
+        """Yield the answers to one exchange of a secure sum; on the fleet's clock, only the training takes time."""
+        if self._members is None:
+            raise StrategyError("this simulation's strategy takes no secure sums")
+        first = next(iter(assignments.values()))
+        reachable = self._stage.faults.reachable(sorted(assignments), first.round, self._stage.seed)
+        work = first.work
+        if self._clock is not None and isinstance(work, SecureWork) and work.train is not None:
+            training = dataclasses.replace(first, work=work.train)
+            reachable = self._clock.wait(training, list(assignments), reachable, timeout_s)
+        yield from self._members.deliver(assignments, reachable)
 
     def virtual_time(self) -> tuple[float | None, float | None]:
         """Return the round's and the run's virtual seconds, if there is a fleet."""

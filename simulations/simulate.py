@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clients.memory import InProcessMemory, MemoryStore, SpillingMemory
 from clients.torch_trainer import TorchTrainer
@@ -26,13 +26,16 @@ from server.round import RoundReport
 from server.sampling import EveryClient, Sampling
 from simulations.channel import SimulationChannel
 from simulations.engines.engine import Engine, Stage
-from simulations.engines.sequential import Sequential
+from simulations.engines.suited import Suited
 from simulations.faults import Faults
 from simulations.partition import Iid
 from simulations.partition_contract import Partitioner
 from simulations.population import Population, population_of
 from simulations.virtual_time import Fleet, VirtualClock, reached, require_same
 from strategies.strategy import Strategy
+
+if TYPE_CHECKING:
+    from simulations.secagg import VirtualMembers
 
 _CLOCK = "clock"  # where a checkpoint keeps the virtual time, beside the clients' memories
 
@@ -60,7 +63,7 @@ class Simulation:
     evaluation: EvaluationPlan = field(default_factory=EvaluationPlan)
     early_stopping: EarlyStopping | None = None
     faults: Faults = field(default_factory=Faults)
-    engine: Engine = field(default_factory=Sequential)
+    engine: Engine = field(default_factory=Suited)
     fleet: Fleet | None = None
     minimum_replies: int = 1
     round_timeout_s: float | None = None
@@ -128,13 +131,22 @@ class Simulation:
                 require_same(time.get("fleet"), None)
             elif state.round > 0:
                 clock.restore(time)
-            coordinator = coordinator_for(self.task, self.plan, state, self.trainer)
+            virtual = self._virtual_members() if self.strategy.takes_secure_sums else None
+            coordinator = coordinator_for(
+                self.task,
+                self.plan,
+                state,
+                self.trainer,
+                witnesses=None if virtual is None else virtual.witnesses,
+                folder=folder,
+            )
             stage = self._stage(memory)
             session = self.engine.open(stage)
             held.callback(session.close)
+            members = None if virtual is None else virtual.members(stage, session)
             reports = record_rounds(
                 coordinator,
-                SimulationChannel(stage, session, clock),
+                SimulationChannel(stage, session, clock, members),
                 self.rounds,
                 folder=folder,
                 callbacks=callbacks,
@@ -142,6 +154,13 @@ class Simulation:
             )
         facts = {"clients": len(self.population), "engine": self.engine.name, **self._times(clock, reports)}
         return finished(coordinator, reports, folder, **facts)
+
+    def _virtual_members(self) -> VirtualMembers:
+        from simulations.secagg import VirtualMembers  # loads cryptography, which sums in the clear do without
+        from strategies.secure import SecureAggregation
+
+        assert isinstance(self.strategy, SecureAggregation)
+        return VirtualMembers(len(self.population), draw_masks=self.strategy.draw_masks)
 
     def _times(self, clock: VirtualClock | None, reports: Sequence[RoundReport]) -> dict[str, Any]:
         """Return what the summary says about virtual time."""

@@ -7,7 +7,10 @@ from .averaging import FedProx as FedProx
 from .averaging import WeightedFedAvg as WeightedFedAvg
 from .compressed import Compressed as Compressed
 from .control_variates import Scaffold as Scaffold
+from .distributed import DistributedDP as DistributedDP
 from .flower import FlowerStrategy as FlowerStrategy
+from .private import CentralDP as CentralDP
+from .private import LocalDP as LocalDP
 from .robust import FedMedian as FedMedian
 from .robust import FedTrimmedMean as FedTrimmedMean
 from .robust import Krum as Krum
@@ -18,6 +21,10 @@ from .schedules import ExponentialDecay as ExponentialDecay
 from .schedules import Schedule as Schedule
 from .schedules import StepDecay as StepDecay
 from .schedules import Warmup as Warmup
+from .secure import AdaptiveRange as AdaptiveRange
+from .secure import AssistedOneShot as AssistedOneShot
+from .secure import SecAggPlus as SecAggPlus
+from .secure import SecureAggregation as SecureAggregation
 from .server_optimizers import ServerAdagrad as ServerAdagrad
 from .server_optimizers import ServerAdam as ServerAdam
 from .server_optimizers import ServerMomentum as ServerMomentum

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fedml_core import compression as _compressions  # noqa: F401 - makes them known by name, for configurations
 from fedml_core.accumulate import Rule
+from fedml_core.privacy.terms import Terms
 from fedml_core.transform import Transform, chain
 from strategies.strategy import Strategy
 
@@ -34,6 +35,10 @@ class Compressed(Strategy):
     def rule(self) -> Rule | None:
         """Return the strategy's rule."""
         return self.strategy.rule()
+
+    def privacy(self) -> Terms | None:
+        """Return the strategy's terms: what is compressed after its noise stays as private as it was."""
+        return self.strategy.privacy()
 
     def protection(self) -> str:
         """Return the strategy's protection."""

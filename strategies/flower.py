@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -32,7 +32,7 @@ from fedml_core.errors import ReplyError, RunError, StrategyError
 from fedml_core.model import ModelSpec
 from fedml_core.randomness import seeded
 from fedml_core.transform import Draws, Guide, State
-from fedml_core.update import Update, flaw_in_name
+from fedml_core.update import Total, Update, flaw_in_name
 from strategies.array_layout import ArrayLayout, NDArray
 from strategies.reported import Metrics, mean_metrics, read_metrics
 from strategies.strategy import Strategy, counted
@@ -84,10 +84,11 @@ class FlowerStrategy(FlowerContract):
         self.strategy = strategy
         self.state: State | None = None
         """The strategy's state: read it to save it, set it to go on from there. It outlives `start`."""
-        self._mu = _sendable_guide(strategy).mu
+        self._require_sendable(strategy)
+        self._mu = _guide(strategy).mu
         self._fractions = {MessageType.TRAIN: fraction_train, MessageType.EVALUATE: fraction_evaluate}
         self._min_nodes = min_nodes
-        self._weight_key = weight_key
+        self._weight_key, self._most_examples = weight_key, strategy.max_weight
         self._buffers = frozenset(buffers)
         self._seed = seed
         self._wait_s = wait_s
@@ -98,23 +99,14 @@ class FlowerStrategy(FlowerContract):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return one message for each node of the cohort, with the model and the round's config."""
-        self._arrays = {name: array.numpy() for name, array in arrays.items()}
-        ArrayLayout.of(self._arrays, self._buffers)
-        sent = {**config, "server-round": server_round}
-        if self._mu > 0:
-            sent["proximal-mu"] = self._mu
-        return self._messages(MessageType.TRAIN, server_round, arrays, ConfigRecord(sent), grid)
+        self._hold(arrays)
+        return self._messages(MessageType.TRAIN, server_round, arrays, self._train_config(server_round, config), grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the next model, or the same where there was nothing to learn from, and the mean training metrics."""
-        if not self._arrays:
-            raise StrategyError("aggregate_train has no model to add to; call configure_train before it")
-        layout = ArrayLayout.of(self._arrays, self._buffers)
-        parameters = layout.flatten(self._arrays)
-        state = self.strategy.init(layout.spec) if self.state is None else self.state
-        _require_fit(state, self.strategy.init(layout.spec))
+        layout, parameters, state = self._held()
         draws, told = Draws.of(self._seed, "flower", server_round), self.strategy.told(state)
         accumulator, reported = self.strategy.accumulator(layout.spec), []
         for node, content in self._answers(MessageType.TRAIN, server_round, replies):
@@ -124,14 +116,7 @@ class FlowerStrategy(FlowerContract):
                 reported.append(row)
             except ReplyError as error:
                 _excluded(server_round, node, error)
-        arrays = self._arrays
-        try:
-            stepped, after = self.strategy.step(parameters, accumulator.total(), state, draws.within("decode"))
-            arrays = layout.merge(stepped, arrays) if accumulator.count else arrays
-            self.state = after
-        except StrategyError as error:
-            _log.error("round %d changed nothing: %s", server_round, error)
-        return _record(arrays), _means(reported)
+        return self._stepped(server_round, accumulator.total), _means(reported)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -154,6 +139,49 @@ class FlowerStrategy(FlowerContract):
         """Log the strategy and who is protected from whom."""
         _log.info("%r; protection: %s, the server sees every update", self.strategy, self.strategy.protection())
 
+    @staticmethod
+    def _require_sendable(strategy: Strategy) -> None:
+        """Refuse a strategy that promises what clients without our code cannot keep."""
+        if not isinstance(strategy, Strategy):
+            raise StrategyError(f"FlowerStrategy takes one of fedveil's strategies, got {type(strategy).__name__}")
+        if strategy.protection() != "none":
+            name, promised = type(strategy).__name__, strategy.protection()
+            raise StrategyError(
+                f"Flower's clients send their models in the clear, so {name} cannot give {promised!r} here; "
+                "run it with fedveil's own clients, or secure sums with server.flower.SecureFlowerStrategy"
+            )
+
+    def _hold(self, arrays: ArrayRecord) -> None:
+        """Keep the model that a round begins with."""
+        self._arrays = {name: array.numpy() for name, array in arrays.items()}
+        ArrayLayout.of(self._arrays, self._buffers)
+
+    def _held(self) -> tuple[ArrayLayout, Tensor, State]:
+        """Return the layout and the vector of the model that the round began with, and the strategy's state."""
+        if not self._arrays:
+            raise StrategyError("aggregate_train has no model to add to; call configure_train before it")
+        layout = ArrayLayout.of(self._arrays, self._buffers)
+        state = self.strategy.init(layout.spec) if self.state is None else self.state
+        _require_fit(state, self.strategy.init(layout.spec))
+        return layout, layout.flatten(self._arrays), state
+
+    def _stepped(self, server_round: int, taken: Callable[[], Total]) -> ArrayRecord:
+        """Return the model after the strategy's step, or as it was where there is none."""
+        layout, parameters, state = self._held()
+        arrays, draws = self._arrays, Draws.of(self._seed, "flower", server_round).within("decode")
+        try:
+            total = taken()
+            stepped, after = self.strategy.step(parameters, total, state, draws)
+            arrays = layout.merge(stepped, arrays) if total.count else arrays
+            self.state = after
+        except StrategyError as error:
+            _log.error("round %d changed nothing: %s", server_round, error)
+        return _record(arrays)
+
+    def _train_config(self, server_round: int, config: ConfigRecord) -> ConfigRecord:
+        proximal = {"proximal-mu": self._mu} if self._mu > 0 else {}
+        return ConfigRecord({**config, "server-round": server_round, **proximal})
+
     def _update(self, content: RecordDict, layout: ArrayLayout, parameters: Tensor) -> tuple[Update, Row]:
         """Return a reply's update, and its number of examples with all its metrics."""
         arrays = {name: _numpy(array) for name, array in _only(content.array_records, "arrays").items()}
@@ -165,21 +193,24 @@ class FlowerStrategy(FlowerContract):
 
     def _metrics(self, content: RecordDict) -> Row:
         record = _only(content.metric_records, "metrics")
-        return read_metrics(record, self._weight_key, self.strategy.max_weight)
+        return read_metrics(record, self._weight_key, self._most_examples)
 
     def _messages(
         self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        fraction, self._asked[kind] = self._fractions[kind], []
-        if fraction == 0:
+        self._asked[kind] = []
+        if self._fractions[kind] == 0:
             return []
-        nodes = self._connected(grid)
-        count = max(int(fraction * len(nodes)), self._min_nodes)
-        picked = seeded(self._seed, "sample", kind, server_round).choice(len(nodes), size=count, replace=False)
         content = RecordDict({"arrays": arrays, "config": config})
-        cohort = [Message(content, nodes[place], kind, group_id=str(server_round)) for place in sorted(picked)]
-        self._asked[kind] = cohort
-        return cohort
+        picked = self._drawn(kind, server_round, self._connected(grid))
+        self._asked[kind] = [Message(content, node, kind, group_id=str(server_round)) for node in picked]
+        return self._asked[kind]
+
+    def _drawn(self, kind: str, server_round: int, nodes: Sequence[int]) -> list[int]:
+        """Return the cohort of a round, from the connected nodes."""
+        count = max(int(self._fractions[kind] * len(nodes)), self._min_nodes)
+        picked = seeded(self._seed, "sample", kind, server_round).choice(len(nodes), size=count, replace=False)
+        return [nodes[place] for place in sorted(picked)]
 
     def _connected(self, grid: Grid) -> list[int]:
         """Return the connected nodes, as soon as there are enough."""
@@ -214,17 +245,9 @@ class FlowerStrategy(FlowerContract):
                 yield node, reply.content
 
 
-def _sendable_guide(strategy: Strategy) -> Guide:
+def _guide(strategy: Strategy) -> Guide:
     """Return the guide of a strategy that Flower's clients can follow, knowing nothing of pipelines."""
-    if not isinstance(strategy, Strategy):
-        raise StrategyError(f"FlowerStrategy takes one of fedveil's strategies, got {type(strategy).__name__}")
-    name = type(strategy).__name__
-    if strategy.protection() != "none":
-        raise StrategyError(
-            f"Flower's clients send their models in the clear, so {name} cannot give {strategy.protection()!r} here; "
-            "run it with fedveil's own clients"
-        )
-    half, probe = strategy.client_half(), ModelSpec.of_size(1)
+    name, half, probe = type(strategy).__name__, strategy.client_half(), ModelSpec.of_size(1)
     if half.memory(probe):
         raise StrategyError(
             f"{name}'s clients remember something between rounds, which Flower's ClientApps do not do for it; "

@@ -17,6 +17,7 @@ from fedml_core.checks import require_number
 from fedml_core.errors import ReplyError, StrategyError
 from fedml_core.model import ModelSpec
 from fedml_core.named import Named
+from fedml_core.privacy.terms import Terms
 from fedml_core.transform import Chain, Draws, State, Transform
 from fedml_core.update import Total, Update, all_finite
 
@@ -59,6 +60,11 @@ class Strategy(Named):
         """Return whether the server must see every update by itself, which secure aggregation does not allow."""
         return self.rule() is not None
 
+    @property
+    def takes_secure_sums(self) -> bool:
+        """Return whether updates are summed by a protocol that hides each of them."""
+        return False
+
     def accumulator(self, spec: ModelSpec) -> Accumulator:
         """Return an empty accumulator for one round."""
         size, rule = self.pipeline().encoded_size(spec.size), self.rule()
@@ -79,6 +85,10 @@ class Strategy(Named):
     def protection(self) -> str:
         """Return who is protected from whom, as reports name it."""
         return "none"
+
+    def privacy(self) -> Terms | None:
+        """Return on what terms the pipeline's event is differentially private, or None if nothing here is."""
+        return None
 
     def step(self, parameters: Tensor, total: Total, state: State, draws: Draws) -> tuple[Tensor, State]:
         """Return the new global model and the new state.

@@ -44,7 +44,10 @@ FLOWER_FILES: Mapping[str, tuple[str, ...]] = {
     ),
     "strategies/flower.py": (),
     "clients/flower.py": (),
+    "server/flower.py": (),
+    "server/flower_channel.py": (),
     "fedml_core/flower_records.py": (),
+    "fedml_core/flower_secure.py": (),
     GUARD: (),
 }
 

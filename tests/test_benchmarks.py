@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import aggregate
+from benchmarks import aggregate, secagg
 from benchmarks.compare import Contender, contenders, rate_of, ratios
 from benchmarks.measuring import Peak, Rounds
+from benchmarks.secagg_roofline import Roofline, taking_turns
+from benchmarks.secagg_simulated import training, virtual
+from benchmarks.secagg_sum import SecureSum, take
 from benchmarks.simulate import Slices, engine_named, measure
 from benchmarks.workloads import WORKLOADS, Workload
 from fedml_core.errors import ConfigError
 from simulations import Fused, Processes, Sequential
+from strategies import SecAggPlus
 from tests.sources import ROOT
 
 SMALL = dataclasses.replace(WORKLOADS["logreg"], population=40, cohort=6, pool=200)
@@ -118,3 +122,74 @@ def test_the_server_holds_few_models_however_many_replies_come() -> None:
     many = aggregate.measure(2_000_000, 60)
     # 60 replies of 8 MB would be 60 models; the peak may have been reached before.
     assert many["models"] <= 3 and few["seconds"] > 0
+
+
+@pytest.mark.parametrize(("clients", "masks"), [(8, 7 + 7), (104, None)])
+def test_a_secure_sum_is_measured_with_real_sessions(clients: int, masks: int | None) -> None:
+    row = take(SecureSum(clients, 500, 1, SecAggPlus(corrupt_share=0.05, dropout_share=0.3, attempts=1)))
+    stages = {"advertise", "share", "mask", "confirm", "unmask"}
+    assert row["client_stage_s"].keys() == row["server_stage_s"].keys() == stages
+    assert row["client_masks"] == row["degree"] + 1
+    # The lost client's masks are those with the seven others, or with its neighbours.
+    assert row["server_masks"] == (masks or clients - 1 + row["degree"])
+    # A step of the ring is 2^-25 of the weighted range for 8 clients, 2^-21 for 120.
+    assert 4 * 500 < row["upload_bytes"] <= row["upload_bytes_allowed"] and row["max_abs_error"] < 1e-5
+
+
+def test_a_secure_sum_of_nobody_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fewer dropouts than clients, got 500, 4, 1 and 4"):
+        SecureSum(4, 500, 4, SecAggPlus())
+
+
+def test_the_roofline_adds_as_many_masks_as_it_is_asked_for() -> None:
+    roofline = Roofline(200_000)
+    roofline.expand(0)
+    assert not roofline._total.any()
+    roofline.expand(1)
+    # 200,000 uniform words of 32 bits: that 100 of them are zero has no chance.
+    assert np.count_nonzero(roofline._total) > 199_900 and roofline.seconds(2) >= 0
+
+
+def test_works_take_turns_after_a_first_for_nothing() -> None:
+    turns: list[str] = []
+    taken = taking_turns([lambda: turns.append("a"), lambda: turns.append("b")], 3)
+    assert turns == ["a", "b"] * 4 and len(taken) == 2
+
+
+def test_masks_and_shares_are_measured_alone() -> None:
+    masks = secagg.masking(10_000, 3, 3)
+    assert masks["of_roofline"] > 0 and masks["neighbours"] == 3
+    assert secagg.shares(10, 7, 20, 1)["reconstruct_s"] >= 0
+
+
+def test_a_protocol_is_named_as_in_a_run_toml_and_tried_once() -> None:
+    assert secagg.protocol_named('{name = "SecAggPlus", active = false}') == SecAggPlus(active=False, attempts=1)
+    with pytest.raises(ConfigError, match="--protocol"):
+        secagg.protocol_named("SecAggMinus")
+
+
+def test_a_round_of_virtual_clients_is_measured_whole() -> None:
+    row = virtual(30, 100, 0.1, SecAggPlus(corrupt_share=0.05, attempts=1))
+    assert 20 < row["survivors"] <= row["members"] <= 30 and row["upload_bytes"] > 0
+    with pytest.raises(ConfigError, match="multiple of 10"):
+        virtual(30, 101, 0.1, SecAggPlus())
+
+
+def test_training_is_measured_in_the_clear_and_in_secure_sums() -> None:
+    row = training(SMALL, Sequential(), 1, 1)
+    assert row["round_s"].keys() == {"plain", "without_masks", "with_masks"}
+    assert row["expansions"] == SMALL.cohort * (SMALL.cohort + 1) and row["cohort"] == SMALL.cohort
+
+
+def test_the_client_of_flower_does_its_own_steps() -> None:
+    row = secagg.flower(sys.executable, 4, 3, 100)
+    assert list(row["client_stage_s"]) == ["setup", "share_keys", "collect_masked_vectors", "unmask"]
+    # It sends 8 bytes for each parameter.
+    assert row["upload_bytes"] > 8 * 100
+
+
+def test_a_python_that_cannot_measure_flower_is_said() -> None:
+    with pytest.raises(ConfigError, match="no-such-python does not measure Flower: FileNotFoundError"):
+        secagg.flower(str(ROOT / "no-such-python"), 4, 3, 100)
+    with pytest.raises(ConfigError, match="does not measure Flower: .*threshold"):
+        secagg.flower(sys.executable, 4, 9, 100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -80,6 +81,36 @@ def test_five_hospitals_of_unequal_size_find_tumours_as_well_as_their_pooled_dat
     labels = json.loads(Path("out/breast_cancer/labels.json").read_text())
     sizes = [sum(row) for row in labels["counts"]]
     assert max(sizes) > 3 * min(sizes)
+
+
+def test_hospitals_learn_as_well_under_secure_aggregation() -> None:
+    result = fedveil("simulate", str(EXAMPLES / "breast_cancer" / "secure.toml"), "--json", "--no-plots")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["protection"] == "secure aggregation (SecAgg+, active server)"
+    assert summary["void_rounds"] == 0 and summary["metrics"]["server"]["accuracy"] > 0.93
+    assert Path("out/breast_cancer_secure/secagg.jsonl").read_text().count("\n") == 12
+
+
+def test_five_hospital_processes_go_on_securely_when_one_is_killed(tmp_path: Path) -> None:
+    script, folder = EXAMPLES / "breast_cancer" / "hospitals.py", tmp_path / "hospitals"
+    done = subprocess.run(
+        [sys.executable, script, folder], capture_output=True, text=True, timeout=240, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    history = [json.loads(line) for line in (folder / "run" / "history.jsonl").read_text().splitlines()]
+    assert len(history) == 8 and all(report["status"] == "ok" for report in history)
+    assert any(4 in report["participants"] for report in history)
+    assert history[-1]["participants"] == [0, 1, 2, 3]
+    assert "checks hold" in done.stdout
+
+
+def test_a_thousand_clients_of_which_a_tenth_drop_out_are_summed_securely() -> None:
+    smaller = ("--rounds", "1", "--set", "clients.count=120", "--set", "strategy.protocol.minimum=60")
+    result = fedveil("simulate", str(EXAMPLES / "digits" / "secure.toml"), "--json", "--no-plots", *smaller)
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["void_rounds"] == 0 and summary["clients"] == 120
 
 
 def test_iris_from_libsvm_text_is_at_most_one_flower_worse_than_scikit_learn() -> None:

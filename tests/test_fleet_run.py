@@ -109,7 +109,7 @@ def test_what_scaffold_remembers_stays_at_the_sites(tmp_path: Path, server: Flee
     fleet = Fleet(tmp_path, server, STRATEGIES["Scaffold"])
     with sites(tmp_path, (0, 1, 2), insecure(server.address[1])):
         list(fleet.rounds(2))
-    kept = sorted(path.relative_to(tmp_path) for path in (tmp_path / "memory").rglob("*") if path.is_file())
+    kept = sorted(path.relative_to(tmp_path) for path in (tmp_path / "memory" / NAME).rglob("*") if path.is_file())
     assert kept == [Path("memory") / NAME / f"client-{number}.fedveil" for number in range(3)]
     assert load_tree(tmp_path / kept[0], "memory")["round"] == 2
     assert fleet.coordinator.state.extra == {}

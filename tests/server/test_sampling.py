@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from fedml_core.errors import ConfigError
-from server.sampling import EveryClient, FixedSampling, PoissonSampling, Sampling
+from server.sampling import EveryClient, FixedSampling, MinimumSeparation, PoissonSampling, Sampling
 
-SAMPLINGS = [EveryClient(), FixedSampling(5), PoissonSampling(0.3)]
+SAMPLINGS = [EveryClient(), FixedSampling(5), PoissonSampling(0.3), MinimumSeparation(4)]
+NOISE = {"name": "gaussian", "noise_multiplier": 1.0}
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -17,6 +18,7 @@ def test_a_cohort_depends_on_seed_and_round_alone(sampling: Sampling) -> None:
     assert sampling.cohort(clients, 3, 7) == sampling.cohort(clients, 3, 7)
     if sampling != EveryClient():
         assert sampling.cohort(clients, 3, 7) != sampling.cohort(clients, 4, 7)
+    if isinstance(sampling, FixedSampling | PoissonSampling):
         assert sampling.cohort(clients, 3, 7) != sampling.cohort(clients, 3, 8)
 
 
@@ -70,11 +72,64 @@ def test_a_cohort_of_a_huge_population_costs_only_itself() -> None:
     assert len(set(cohort)) == 100 and Counted.looks == 100
 
 
+@pytest.mark.parametrize("rate", [0.02, 0.5, 0.97])
+def test_poisson_coins_are_independent_of_their_neighbours_and_of_other_rounds(rate: float) -> None:
+    coins = np.zeros((400, 500))
+    for number in range(400):
+        coins[number, PoissonSampling(rate).cohort(range(500), number, 2**250 + 1)] = 1
+    count, spread = coins.size, np.sqrt(rate * (1 - rate))
+    assert abs(coins.mean() - rate) < 5 * spread / np.sqrt(count)
+    centred = (coins - rate) / spread
+    for one, other in ((centred[:, 1:], centred[:, :-1]), (centred[1:], centred[:-1])):
+        assert abs((one * other).mean()) < 5 / np.sqrt(one.size)
+    # A gap of k coins has the geometric distribution's variance, not only its mean.
+    gaps = np.diff(np.flatnonzero(coins.reshape(-1)))
+    assert gaps.var() == pytest.approx((1 - rate) / rate**2, rel=0.15)
+
+
+def test_poisson_sampling_at_rate_one_asks_everybody_and_at_next_to_nothing_nobody() -> None:
+    assert PoissonSampling(1.0).cohort(range(5), 1, 0) == [0, 1, 2, 3, 4]
+    assert PoissonSampling(1e-300).cohort(range(10**9), 1, 0) == []
+    assert PoissonSampling(0.5).cohort([], 1, 0) == []
+    nearly = PoissonSampling(1 - 2**-53).cohort(range(1000), 1, 0)
+    assert nearly == list(range(1000))
+
+
+def test_a_sampling_tells_an_accountant_what_it_is_worth_and_no_more() -> None:
+    assert EveryClient().event(100, NOISE) == NOISE
+    assert MinimumSeparation(4).event(100, NOISE) == NOISE
+    assert PoissonSampling(0.25).event(100, NOISE) == {"name": "poisson", "sampling_probability": 0.25, "event": NOISE}
+    told = FixedSampling(5).event(100, NOISE)
+    assert told == {"name": "fixed-size", "population": 100, "sample": 5, "event": NOISE}
+    assert FixedSampling(5).event(5, NOISE) == NOISE
+    assert Sampling.adjacency == PoissonSampling.adjacency == "add-or-remove-one"
+    assert FixedSampling.adjacency == "replace-one"
+
+
+@pytest.mark.parametrize("clients", [range(3, 103), range(7), [5, 9, 2, 33, 6], range(0, 100, 3)])
+def test_minimum_separation_keeps_every_client_away_for_that_long(clients: range | list[int]) -> None:
+    sampling, last = MinimumSeparation(4), dict[int, int]()
+    for number in range(1, 30):
+        cohort = sampling.cohort(clients, number, number)
+        assert cohort == sorted(cohort) and set(cohort) <= set(clients)
+        for client in cohort:
+            assert number - last.get(client, -4) >= 4
+            last[client] = number
+    assert last.keys() == set(clients)
+    assert [s.separation for s in SAMPLINGS] == [1, 1, 1, 4]
+
+
+def test_minimum_separation_looks_at_its_cohort_alone() -> None:
+    assert len(MinimumSeparation(10**8).cohort(range(10**9), 1, 0)) == 10
+
+
 def test_impossible_samplings_are_refused_with_the_numbers() -> None:
     with pytest.raises(ConfigError, match=r"size must be >= 1, got 0"):
         FixedSampling(0)
     with pytest.raises(ConfigError, match=r"rate must be > 0 and <= 1, got 1.5"):
         PoissonSampling(1.5)
+    with pytest.raises(ConfigError, match=r"rounds_apart must be >= 1, got 0"):
+        MinimumSeparation(0)
     with pytest.raises(ConfigError, match="a cohort of 5 was asked for and there are 3 clients"):
         FixedSampling(5).require(3)
 

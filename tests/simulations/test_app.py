@@ -32,7 +32,7 @@ def test_json_is_the_last_line_of_stdout_and_alone_there(tmp_path: Path) -> None
     assert answer["clients"] == 4
     assert answer["protection"] == "none"
     assert answer["epsilon"] is None
-    assert answer["engine"] == "sequential"
+    assert answer["engine"] == "suited"
     assert answer["out"] == str(out)
     assert answer["seconds"] >= 0
     assert answer["bytes_up"] == sum(report.bytes_up for report in read_history(out))
@@ -169,7 +169,7 @@ def test_ctrl_c_leaves_a_history_and_says_how_to_go_on(tmp_path: Path) -> None:
     task = TASK.replace("(x[:, 0] > 0).long())", "(x[:, 0] > 0).long())\n\n\ncalls = []\n") + (
         "\n\ndef stop(outputs, targets):\n"
         "    calls.append(1)\n"
-        "    if not outputs.requires_grad and len(targets) == 20 and len(calls) > 60:\n"
+        "    if not outputs.requires_grad and len(targets) == 20 and len(calls) > 6:\n"
         "        raise KeyboardInterrupt\n"
         "    return targets.float()\n\n\n"
         "import dataclasses\n"

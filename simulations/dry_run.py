@@ -1,0 +1,169 @@
+"""`fedveil dry-run`: what a site would answer a run, before anybody asks; nothing is trained, sent or written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from clients.asked import Asked, Event, Sum, mechanisms
+from clients.gate import due
+from clients.ledger import Books
+from clients.policy import Policy
+from clients.secure_policy import CohortFloor
+from fedml_core.config import RunConfig, SiteConfig, load_run, load_site
+from fedml_core.console import Console
+from fedml_core.errors import FedveilError, PrivacyError, RefusalError
+from fedml_core.loading import load_task
+from fedml_core.privacy.ledger import Purpose
+from fedml_core.secagg.parameters import Parameters
+from server.configure import plan_from
+from server.plan import Plan
+from strategies.secure import SecAggPlus, SecureAggregation
+
+__all__ = ["answer", "say_answer"]
+
+_RUN = "dry-run"
+
+
+def say_answer(console: Console, site: Path, run: Path, server: str) -> None:
+    """Say what the site of a site.toml would answer the run of a run.toml. `server`: HOST:PORT, as the policy sees it.
+
+    Raises: ConfigError, TaskError, StrategyError: if one of the files is faulty.
+    """
+    config, asked = load_site(site), load_run(run)
+    load_task(asked.task, asked.folder)  # so that the user's own strategies are known by name
+    found = answer(config, asked, server)
+    for row in found["rounds"]:
+        said = "would be answered" if row["rule"] is None else f"would be refused: {row['rule']}: {row['reason']}"
+        console.say(f"round {row['round']}: {said}")
+    console.say(f"protected by: {found['protection'] or 'nothing that this site can see'}")
+    console.result(found)
+
+
+def answer(config: SiteConfig, asked: RunConfig, server: str) -> dict[str, Any]:
+    """Return what the site would answer the first round, the first one that it would refuse, and the last one.
+
+    As if it took part in every round. Its own training may reserve more than a run.toml can tell.
+    """
+    plan, books, policy = plan_from(asked), Books(config), Policy(config.policy)
+    first = _one(config, plan, books, policy, _asked(plan, server, 1))
+    rows, protection = [_row(1, first)], first.protection
+    if first.refusal is None:
+        last = _affordable(config, plan, books, policy, server, asked.rounds)
+        rows += [_row(number, answered) for number, answered in last]
+    refused = any(row["rule"] is not None for row in rows)
+    return {"answer": "refused" if refused else "answered", "protection": protection, "rounds": rows}
+
+
+class _Answered:
+    """What would protect a round, and what would be said against it."""
+
+    def __init__(self, protection: str, refusal: RefusalError | PrivacyError | None) -> None:
+        self.protection, self.refusal = protection, refusal
+
+
+def _affordable(
+    config: SiteConfig, plan: Plan, books: Books, policy: Policy, server: str, rounds: int
+) -> list[tuple[int, _Answered]]:
+    """Return the first round that would be refused, by bisection, or else the last one."""
+
+    def at(number: int) -> _Answered:
+        return _one(config, plan, books, policy, _asked(plan, server, number))
+
+    last = at(rounds)
+    if last.refusal is None:
+        return [(rounds, last)] if rounds > 1 else []
+    good, bad, found = 1, rounds, last
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        tried = at(middle)
+        good, bad, found = (middle, bad, found) if tried.refusal is None else (good, middle, tried)
+    return [(bad, found)]
+
+
+def _one(config: SiteConfig, plan: Plan, books: Books, policy: Policy, asked: Asked) -> _Answered:
+    protection = ""
+    try:
+        _check_secure(config, plan)
+        found = policy.check(asked)
+        protection = "+".join(sorted(found))
+        purpose = Purpose(_RUN, asked.server, asked.round, protection, participation=asked.participation)
+        books.check_unit(found)
+        for event, unit in due(asked, found):
+            books.check(event, unit, purpose)
+            _check_so_far(books, event, unit, purpose)
+    except (RefusalError, PrivacyError) as error:
+        return _Answered(protection, error)
+    return _Answered(protection, None)
+
+
+def _check_so_far(books: Books, event: Event | None, unit: str, purpose: Purpose) -> None:
+    """Raise if this round and those before it would exceed what lasts longer than a round."""
+    budget = books.budget
+    if event is None or budget is None or unit != budget.unit or purpose.round == 1:
+        return
+    if budget.epsilon is None and budget.epsilon_per_run is None:
+        return
+    whole_run = all(part.name in ("tree", "matrix") for _, part in mechanisms(event))
+    spent = event if whole_run else {"name": "repeated", "count": purpose.round, "event": event}
+    books.ledger.check(spent, books.account(unit), purpose, dataclasses.replace(budget, epsilon_per_round=None))
+
+
+def _asked(plan: Plan, server: str, number: int) -> Asked:
+    strategy, terms = plan.strategy, plan.strategy.privacy()
+    secure = None
+    if isinstance(strategy, SecureAggregation):
+        protocol = strategy.protocol
+        share = getattr(protocol, "corrupt_share", 0.0)
+        secure = Sum(protocol.minimum - math.floor(share * protocol.minimum))
+    return Asked(
+        run=_RUN,
+        server=server,
+        round=number,
+        training=plan.training,
+        pipeline=strategy.client_half(),
+        secure=secure,
+        promised=strategy.pipeline().event() if terms is not None and terms.server_noise else None,
+        participation=number,
+    )
+
+
+def _check_secure(config: SiteConfig, plan: Plan) -> None:
+    """Raise what the site would say to the run's kind of sum, before anything is trained."""
+    table, strategy = config.secure_aggregation, plan.strategy
+    if not isinstance(strategy, SecureAggregation):
+        if table.required:
+            raise RefusalError("secure-aggregation", "this site trains under secure aggregation only")
+        return
+    if table.operator is None and not table.allow_semi_honest:
+        raise RefusalError(
+            "secure-aggregation",
+            "this site has no pinned roster, so it takes part in no secure sum; name one in its site.toml",
+        )
+    protocol = strategy.protocol
+    if isinstance(protocol, SecAggPlus):
+        CohortFloor(table).check(
+            Parameters(
+                run=_RUN,
+                round=1,
+                attempt=0,
+                length=1,
+                bits=32,
+                encoding={},
+                minimum=protocol.minimum,
+                corrupt_share=protocol.corrupt_share,
+                dropout_share=protocol.dropout_share,
+                active=protocol.active,
+                security_bits=protocol.security_bits,
+            )
+        )
+
+
+def _row(number: int, answered: _Answered) -> dict[str, Any]:
+    refusal: FedveilError | None = answered.refusal
+    if refusal is None:
+        return {"round": number, "rule": None, "reason": None}
+    rule = refusal.rule if isinstance(refusal, RefusalError) else "privacy"
+    return {"round": number, "rule": rule, "reason": str(refusal)}

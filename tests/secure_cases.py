@@ -1,0 +1,133 @@
+"""Doubles for secure sums: clients with real sessions behind a channel that can lose or change any message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from clients.client import Client
+from clients.secagg import Standing
+from fedml_core.errors import RefusalError
+from fedml_core.messages import (
+    Arrival,
+    Assignment,
+    Reply,
+    SecureWork,
+    assignment_from_frame,
+    assignment_to_frame,
+    reply_from_frame,
+    reply_to_frame,
+)
+from fedml_core.secagg.parameters import Parameters
+from server.coordinator import Coordinator
+from server.plan import Plan
+from server.secagg import SecureGathering, Witnesses
+from strategies.secure import SecureAggregation
+from tests.doubles import PullChannel, data_of
+
+DIGEST = "ab" * 32
+Tamper = Callable[[str, int, Assignment], Assignment | None]
+"""Given the exchange, the client and what it would be sent: what it is sent, or None for nothing."""
+
+
+class Keys:
+    """Identity keys of `count` members, and the roster that names them."""
+
+    def __init__(self, count: int) -> None:
+        self.private = {member: Ed25519PrivateKey.generate() for member in range(count)}
+        self.roster = {member: key.public_key().public_bytes_raw() for member, key in self.private.items()}
+
+    def witnesses(self) -> Witnesses:
+        """Return what a server believes."""
+        return Witnesses(self.roster, DIGEST)
+
+
+class RememberedAttempts:
+    """A counter that outlives the client that it is given to, as a file would."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, int] = {}
+
+    def advance(self, run: str, round_number: int, attempt: int) -> None:
+        """Refuse what is not newer."""
+        if attempt <= self.last.get(run, -1):
+            raise RefusalError("replay", f"attempt {attempt} of run {run} is not newer than {self.last[run]}")
+        self.last[run] = attempt
+
+
+class AnyCohort:
+    """A floor under which nothing lies."""
+
+    def check(self, parameters: Parameters) -> None:
+        """Accept."""
+
+    def check_attempts(self, round_number: int, attempts: int) -> None:
+        """Accept."""
+
+    def check_members(self, members: int, threshold: int) -> None:
+        """Accept."""
+
+
+class SecureChannel(PullChannel):
+    """`PullChannel` whose clients take part in secure sums; every message crosses as a frame.
+
+    `lost`: (round, exchange, client) whose answers never come. `tamper`: changes what clients are sent.
+    """
+
+    def __init__(
+        self,
+        keys: Keys,
+        size: int,
+        *,
+        lost: Sequence[tuple[int, str, int]] = (),
+        tamper: Tamper | None = None,
+        digests: Mapping[int, str] | None = None,
+    ) -> None:
+        super().__init__(len(keys.private), size)
+        self.keys, self.lost, self.tamper = keys, frozenset(lost), tamper
+        self.counters = [RememberedAttempts() for _ in keys.private]
+        self.digests = digests or {}
+        self.members = {number: self.fresh(number) for number in keys.private}
+        self.exchanges: list[tuple[int, str]] = []
+        self.seen: list[tuple[str, int, Reply]] = []
+
+    def fresh(self, number: int) -> Client:
+        """Return a client process that has just begun, with what its predecessor left on disk."""
+        standing = Standing(
+            number,
+            self.keys.roster,
+            self.digests.get(number, DIGEST),
+            self.keys.private[number].sign,
+            self.counters[number],
+            AnyCohort(),
+        )
+        load = partial(data_of, number, self.size)
+        return Client(number, load, self.trainer, self.memory, standing=standing)
+
+    def deliver(self, assignments: Mapping[int, Assignment], timeout_s: float | None) -> Iterator[Arrival]:
+        """Carry one exchange."""
+        first = next(iter(assignments.values()))
+        assert isinstance(first.work, SecureWork)
+        stage = first.work.stage
+        self.exchanges.append((first.round, stage))
+        for number, assignment in assignments.items():
+            sent = self.tamper(stage, number, assignment) if self.tamper else assignment
+            if sent is None:
+                continue
+            reply = self.members[number].answer(assignment_from_frame(assignment_to_frame(sent)))
+            if (first.round, stage, number) in self.lost:
+                continue
+            self.seen.append((stage, number, reply))
+            frame = reply_to_frame(reply)
+            yield Arrival(number, reply_from_frame(frame), frame.size_bytes)
+
+
+def secure_coordinator(strategy: SecureAggregation, channel: SecureChannel, **settings: object) -> Coordinator:
+    """Return a coordinator of secure sums at round 0."""
+    plan, spec = Plan(strategy, **settings), channel.trainer.spec  # type: ignore[arg-type]  # a test's own settings
+    gathering = SecureGathering(strategy, spec, ("examples", "loss"), channel.keys.witnesses)
+    state = Coordinator.begin(plan, spec, torch.zeros(channel.size), "a-run")
+    return Coordinator(plan, spec, state, gathering=gathering)
