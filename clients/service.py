@@ -48,6 +48,7 @@ from fedml_core.wire import Frame, from_frame
 __all__ = ["SiteService", "redacted"]
 
 _WORK = ("train", "evaluate", "secure")
+_PARTS_OF_AN_UPDATE = frozenset({"masked", "contribution"})  # an assistant sends a vector, too, and trains nothing
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class SiteService:
             return
         if isinstance(body, SecureAnswer):
             self._seconds += seconds
-            if body.vector is not None:
+            if body.vector is not None and not _PARTS_OF_AN_UPDATE.isdisjoint(body.parts):
                 self._counts["trained"] += 1
                 self._say(f"{where}: trained and sent a masked update in {seconds:.1f} s")
             return

@@ -58,7 +58,7 @@ class SecAggPlus(SumProtocol):
         super().__post_init__()
         require_number("corrupt_share", self.corrupt_share, at_least=0, below=1)
         require_number("dropout_share", self.dropout_share, at_least=0, below=1)
-        require_whole("security_bits", self.security_bits, at_least=20, at_most=128)
+        require_whole("security_bits", self.security_bits, at_least=20, at_most=100)
 
     @property
     def signed(self) -> bool:
