@@ -1,0 +1,148 @@
+"""The audit's one page of pictures: what canaries told, the noise, the cohorts, and what came back of an example."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from server.plots_style import BLUE, GREY, PANEL_INCHES, VERMILLION, dress, grid, new_figure, plain
+from simulations.audit.audit import Audited
+from simulations.audit.disclosure import Case
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
+
+__all__ = ["page_of_pictures"]
+
+_COLUMNS = 2
+
+
+def page_of_pictures(audited: Audited) -> bytes:
+    """Return a PNG with a panel for everything that was measured."""
+    panels: list[Callable[[Figure, SubplotSpec], None]] = [_panel(_epsilons, audited), _panel(_canaries, audited)]
+    if audited.residuals is not None:
+        panels.append(_panel(_noise, audited))
+    if audited.sizes is not None:
+        panels.append(_panel(_sizes, audited))
+    if audited.membership is not None:
+        panels.append(_panel(_curve, audited))
+    if audited.cases:
+        panels.append(_panel(_attacks, audited))
+    if shown := [case for case in audited.cases if case.best is not None and _side(case.best.truth) is not None]:
+        panels.append(lambda figure, cell: _examples(figure, cell, shown))
+    rows = -(-len(panels) // _COLUMNS)
+    figure = new_figure(PANEL_INCHES[0] * _COLUMNS, PANEL_INCHES[1] * rows)
+    cells = figure.add_gridspec(rows, _COLUMNS)
+    for place, draw in enumerate(panels):
+        draw(figure, cells[place // _COLUMNS, place % _COLUMNS])
+    made = io.BytesIO()
+    figure.savefig(made, format="png")
+    return made.getvalue()
+
+
+def _panel(draw: Callable[[Axes, Audited], None], audited: Audited) -> Callable[[Figure, SubplotSpec], None]:
+    return lambda figure, cell: draw(figure.add_subplot(cell), audited)
+
+
+def _epsilons(axes: Axes, audited: Audited) -> None:
+    claimed = None if audited.claim is None else float(audited.claim["epsilon"])
+    names = ["proved (one run)", "estimated"] + ([] if claimed is None else ["claimed"])
+    values = [audited.bound, audited.estimate.epsilon] + ([] if claimed is None else [claimed])
+    colors = [VERMILLION, VERMILLION] + ([] if claimed is None else [BLUE])
+    axes.barh(names, values, color=colors, height=0.55)
+    axes.errorbar([values[1]], [1], xerr=[1.645 * audited.estimate.sd], color=GREY, capsize=4)
+    dress(axes, "Epsilon", "epsilon", "")
+    grid(axes.xaxis)
+
+
+def _canaries(axes: Axes, audited: Audited) -> None:
+    included, excluded = audited.scores
+    together = np.concatenate([included, excluded])
+    bins = np.linspace(together.min(), together.max(), max(6, min(40, len(together) // 6))).tolist()
+    axes.hist(excluded, bins=bins, color=GREY, alpha=0.7, label="took no part")
+    axes.hist(included, bins=bins, color=VERMILLION, alpha=0.6, label="took part")
+    dress(axes, "Canaries", "alignment with what was released (standard deviations)", "canaries")
+    grid(axes.yaxis)
+
+
+def _noise(axes: Axes, audited: Audited) -> None:
+    assert audited.residuals is not None
+    sd = float(audited.residuals.reference.std()) or 1.0
+    bins = np.linspace(-4, 4, 61).tolist()
+    for values, color, label in (
+        (audited.residuals.reference, BLUE, "as configured"),
+        (audited.residuals.measured, VERMILLION, "measured"),
+    ):
+        axes.hist(
+            (values / sd).ravel(), bins=bins, density=True, histtype="step", linewidth=1.6, color=color, label=label
+        )
+    dress(axes, "Noise of a release", "standard deviations, as configured", "density")
+    grid(axes.yaxis)
+
+
+def _sizes(axes: Axes, audited: Audited) -> None:
+    assert audited.sizes is not None
+    places = np.arange(len(audited.sizes.edges))
+    axes.bar(places, audited.sizes.observed, color=VERMILLION, alpha=0.7, label="drawn")
+    axes.step(places, audited.sizes.expected, where="mid", color=BLUE, label="Binomial")
+    axes.set_xticks(places.tolist(), [str(edge) for edge in audited.sizes.edges])
+    dress(axes, "Cohort sizes", "clients, from", "draws")
+    grid(axes.yaxis)
+
+
+def _curve(axes: Axes, audited: Audited) -> None:
+    assert audited.membership is not None
+    members, others = np.sort(audited.membership.members), np.sort(audited.membership.others)
+    thresholds = np.unique(np.concatenate([members, others]))
+    caught = 1 - np.searchsorted(members, thresholds) / len(members)
+    alarms = 1 - np.searchsorted(others, thresholds) / len(others)
+    least = 1 / (2 * len(others))
+    axes.plot(np.maximum(alarms, least), np.maximum(caught, least), color=VERMILLION, label="shadow models")
+    axes.plot([least, 1], [least, 1], color=GREY, linestyle="--", label="chance")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    dress(axes, "Membership of training examples", "false-positive rate", "true-positive rate")
+    grid(axes.xaxis)
+    grid(axes.yaxis)
+
+
+def _attacks(axes: Axes, audited: Audited) -> None:
+    shown = [case for case in audited.cases if case.best is not None]
+    names = [plain(f"{case.view.by.split(': ')[-1]}, {case.batch}", 44) for case in shown]
+    best = [min(60.0, case.best.psnr_db) if case.best else 0.0 for case in shown]
+    axes.barh(np.arange(len(shown)), best, color=VERMILLION, height=0.6, label="best attack (60 and more as 60)")
+    axes.plot([case.chance_db for case in shown], np.arange(len(shown)), "|", color=BLUE, ms=12, label="mean input")
+    axes.set_yticks(np.arange(len(shown)).tolist(), names)
+    dress(axes, "Gradient inversion", "PSNR (dB)", "")
+    grid(axes.xaxis)
+
+
+def _examples(figure: Figure, cell: SubplotSpec, cases: Sequence[Case]) -> None:
+    shown = cases[:5]
+    grid_of_cells = cell.subgridspec(2, len(shown))
+    for column, case in enumerate(shown):
+        assert case.best is not None
+        side = _side(case.best.truth) or 1
+        low, high = float(case.best.truth.min()), float(case.best.truth.max())
+        for row, values in enumerate((case.best.truth, case.best.recovered)):
+            axes = figure.add_subplot(grid_of_cells[row, column])
+            axes.imshow(values.reshape(side, side).numpy(), cmap="gray", vmin=low, vmax=high)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if column == 0:
+                axes.set_ylabel("held" if row == 0 else "came back", fontsize=8)
+            if row == 0:
+                axes.set_title(plain(case.batch, 16), fontsize=8)
+
+
+def _side(values: Tensor) -> int | None:
+    """Return the side of the square image that the values may be, or None."""
+    side = math.isqrt(values.numel())
+    return side if side > 2 and side * side == values.numel() else None
