@@ -50,7 +50,7 @@ def test_noise_that_is_as_configured_passes(strategy: Strategy) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("half the noise", "standard deviation is 0.50"),
+        ("half the noise", "standard deviation is 0."),
         ("noise not refreshed", "the same in two releases"),
         ("same seed per layer", "repeats from one coordinate to another"),
         ("noise after release", "standard deviation is 0.000"),
