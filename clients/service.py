@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clients.client import Client
+from clients.client import Client, Trainer
 from clients.gate import Gate
 from clients.memory import FileMemory
 from clients.secagg import Standing
@@ -56,7 +56,7 @@ class _Run:
     """The run that this site was greeted for."""
 
     hello: Hello
-    trainer: TorchTrainer
+    trainer: Trainer
     client: Client
 
 
@@ -90,7 +90,7 @@ class SiteService:
         self.stop = threading.Event()
         self._config, self._task, self._say, self._on_error = config, task, say, on_error
         self._standing = standing
-        self._gate = Gate(config, server=server)
+        self._gate = Gate(config, server=server, example=config.examples is not None)
         self._read = guarded(task.site_data, "the task's site_data", f"for {config.path}")
         self._data: ClientData | None = None
         self._run: _Run | None = None
@@ -191,7 +191,7 @@ class SiteService:
 
     def _ready_for(self, hello: Hello) -> _Run:
         number = self._config.id
-        trainer = TorchTrainer(self._task, hello.seed, device=self._config.device)
+        trainer = self._trainer(hello.seed)
         memory = FileMemory(self._config.beside(self._config.memory) / hello.run / f"client-{number}.fedveil")
         only_secure = self._config.secure_aggregation.required
         client = Client(
@@ -204,6 +204,17 @@ class SiteService:
             gate=self._gate,
         )
         return _Run(hello, trainer, client)
+
+    def _trainer(self, seed: int) -> Trainer:
+        """Return what trains here: privately, example by example, if the site.toml says so."""
+        config = self._config
+        if config.examples is None:
+            return TorchTrainer(self._task, seed, device=config.device)
+        from clients.private_trainer import PrivateTorchTrainer  # loads Opacus, which other sites do without
+        from clients.private_training import PrivateTraining
+
+        private = PrivateTraining.of(config.examples)
+        return PrivateTorchTrainer(self._task, private, self._gate.reserve, seed=seed, device=config.device)
 
     def _work(self, frame: Frame) -> Frame:
         run, started = self._run, time.perf_counter()

@@ -24,7 +24,7 @@ from pydantic import (
 
 from fedml_core.config_errors import explain
 from fedml_core.errors import ConfigError
-from fedml_core.policy_tables import BudgetTable, LedgerTable, PolicyTable, RunBudgetTable
+from fedml_core.policy_tables import BudgetTable, ExampleTable, LedgerTable, PolicyTable, RunBudgetTable
 from fedml_core.toml_file import override, read_toml
 from fedml_core.training import Training
 
@@ -276,6 +276,8 @@ class SiteConfig(_File):
     """What may be spent on its data."""
     ledger: LedgerTable = LedgerTable()
     """Where it writes down what was spent."""
+    examples: ExampleTable | None = None
+    """How every example is protected; without it, none is by itself."""
     data: dict[str, Any] = Field(default_factory=dict)
     """Handed to the task's `site_data` as it is."""
 

@@ -72,6 +72,23 @@ class LedgerTable(_Table):
     """The data's name, for ever: newer files about the same people keep it. By default client-<id>, or clients."""
 
 
+class ExampleTable(_Table):
+    """Private training by example (DP-SGD): with this table a site trains in no other way, whatever a server asks."""
+
+    noise_multiplier: float = Field(gt=0)
+    """Noise's standard deviation over the bound on one example's gradient."""
+    clip_norm: float = Field(gt=0)
+    """The bound on one example's gradient (L2); where clipping is adaptive, the first."""
+    sampling_rate: float = Field(gt=0, le=1)
+    """The probability with which an example is in a batch."""
+    clipping: Literal["flat", "per-layer", "adaptive"] = "flat"
+    """What is bound: the whole gradient, each layer's, or the whole by a bound that follows the gradients."""
+    max_physical_batch: int = Field(default=512, ge=1)
+    """How many examples are in memory at a time."""
+    gradients: Literal["auto", "bookkeeping", "vmap", "hooks", "functorch", "ghost"] = "auto"
+    """How clipped gradients are taken; the last three are Opacus's."""
+
+
 class FloorTable(_Table):
     """The least that one kind of noise must be."""
 
