@@ -9,7 +9,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from clients.client import Client
-from clients.secagg import Standing
+from clients.secagg import Counter, Standing
 from fedml_core.errors import RefusalError
 from fedml_core.messages import (
     Arrival,
@@ -88,7 +88,7 @@ class SecureChannel(PullChannel):
     ) -> None:
         super().__init__(len(keys.private), size)
         self.keys, self.lost, self.tamper = keys, frozenset(lost), tamper
-        self.counters = [RememberedAttempts() for _ in keys.private]
+        self.counters: list[Counter] = [RememberedAttempts() for _ in keys.private]
         self.digests = digests or {}
         self.members = {number: self.fresh(number) for number in keys.private}
         self.exchanges: list[tuple[int, str]] = []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from clients.replay import ReplayCounter
 from fedml_core.messages import Assignment, Failure, Refusal, SecureAnswer, SecureWork
 from server.coordinator import Coordinator
 from server.plan import Plan
@@ -133,18 +135,23 @@ def _with_other_parameters(field: str, stage: str, client: int, assignment: Assi
     return dataclasses.replace(assignment, work=dataclasses.replace(work, parts=parts))
 
 
-def test_an_attempt_that_was_begun_before_is_refused_by_a_client_that_began_anew() -> None:
-    """A5 replay counter: the same attempt is refused from what was kept, whatever process asks."""
+def test_an_attempt_that_was_begun_before_is_refused_by_a_client_that_began_anew(tmp_path: Path) -> None:
+    """A5 replay counter: killed between stages 2 and 4 and asked for the same attempt, it refuses from disk state."""
     channel = SecureChannel(KEYS, SIZE)
+    channel.counters[3] = ReplayCounter(tmp_path / "replay.json")
+    channel.members[3] = channel.fresh(3)
     offers: list[Assignment] = []
 
-    def keep(stage: str, client: int, assignment: Assignment) -> Assignment:
-        offers.extend([assignment] if stage == "advertise" and client == 3 else [])
+    def kill(stage: str, client: int, assignment: Assignment) -> Assignment:
+        if client == 3 and stage == "advertise":
+            offers.append(assignment)
+        if client == 3 and stage == "confirm":
+            channel.members[3] = channel.fresh(3)
         return assignment
 
-    channel.tamper = keep
-    next(secure_coordinator(secure(), channel).rounds(channel, 1))
-    channel.members[3] = channel.fresh(3)
+    channel.tamper = kill
+    report = next(secure_coordinator(secure(), channel).rounds(channel, 1))
+    assert report.status == "ok" and report.replies == COUNT
     body = channel.members[3].answer(offers[0]).body
     assert isinstance(body, Refusal) and body.rule == "replay"
 
