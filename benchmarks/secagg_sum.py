@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
 from benchmarks.secagg_roofline import Roofline
-from clients.secagg import SecureMember, Standing
+from clients.secagg import SecureMember
+from clients.standing import Standing
 from fedml_core.binding import binding_of
 from fedml_core.errors import ConfigError, SecureAggregationError
 from fedml_core.messages import Arrival, Assignment, Reply, SecureWork, TrainWork, assignment_to_frame, reply_to_frame

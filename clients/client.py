@@ -32,7 +32,8 @@ from fedml_core.update import Update, all_finite
 if TYPE_CHECKING:
     from clients.asked import Sum
     from clients.gate import Gate
-    from clients.secagg import SecureMember, Standing
+    from clients.secagg import SecureMember
+    from clients.standing import Standing
 
 
 class Trainer(Protocol):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from clients.fleet import FleetClient
-from clients.secagg import Standing
 from clients.service import SiteService
-from clients.standing import standing_of
+from clients.site_standing import standing_of
+from clients.standing import Standing
 from fedml_core.config import SiteConfig, load_site
 from fedml_core.console import Console
 from fedml_core.errors import ConfigError

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from numpy.typing import NDArray
 
 from clients.asked import Sum
 from clients.secure_entry import Attempts, check_noise, check_planned, read_parameters
+from clients.standing import Standing
 from fedml_core.errors import SecureAggregationError
 from fedml_core.messages import Assignment, SecureAnswer
 from fedml_core.ring import Encoding, encoding_from_table, ring_rows
@@ -29,9 +30,6 @@ from fedml_core.secagg.assisted_client import AssistedClient
 from fedml_core.secagg.parameters import Parameters
 from fedml_core.secagg.secrets import Secret
 from fedml_core.update import Update
-
-if TYPE_CHECKING:
-    from clients.secagg import Standing
 
 __all__ = ["AssistedMember"]
 

@@ -8,17 +8,13 @@ Trust: as `clients.secagg`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from clients.standing import Standing
 from fedml_core.errors import ConfigError, PrivacyError, RefusalError, SecureAggregationError
 from fedml_core.messages import Assignment, SecureWork
 from fedml_core.privacy.distributed_noise import noise_in
 from fedml_core.privacy.noised_encoding import NoisedEncoding
 from fedml_core.ring import Encoding
 from fedml_core.secagg.parameters import Parameters
-
-if TYPE_CHECKING:
-    from clients.secagg import Standing
 
 __all__ = ["Attempts", "check_noise", "check_planned", "read_parameters"]
 

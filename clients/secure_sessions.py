@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from clients.secagg import SecureMember, Standing
+from clients.secagg import SecureMember
 from clients.secure_policy import CohortFloor
-from clients.standing import standing_of, unsigned
+from clients.site_standing import standing_of, unsigned
+from clients.standing import Standing
 from fedml_core.config import SecureAggregationTable, load_site
 from fedml_core.errors import FedveilError, RefusalError, ReplyError, SecureAggregationError
 from fedml_core.messages import Assignment, Body, Failure, Refusal, Reply, SecureWork

@@ -15,7 +15,7 @@ from typing import Any
 from clients.client import Client, Trainer
 from clients.gate import Gate
 from clients.memory import FileMemory
-from clients.secagg import Standing
+from clients.standing import Standing
 from clients.torch_trainer import TorchTrainer
 from fedml_core.config import SiteConfig
 from fedml_core.data import ClientData

@@ -1,32 +1,69 @@
-"""Who a site is in secure sums, from its site.toml: its key, the roster that it pins, its counter and its floor."""
+"""Who a client is in secure sums: its number and key, the roster that it pins, its counter and its floor."""
 
 from __future__ import annotations
 
-from clients.replay import REPLAY_FILE, ReplayCounter
-from clients.secagg import Standing
-from clients.secure_policy import CohortFloor, pinned_roster
-from fedml_core.config import SiteConfig
-from fedml_core.errors import SecureAggregationError
-from fedml_core.site_keys import public_half, read_site_keys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
-__all__ = ["standing_of", "unsigned"]
+from fedml_core.binding import binding_of
+from fedml_core.messages import Assignment
+from fedml_core.secagg.assisted import Panel
+from fedml_core.secagg.bulletin import Bulletin, Verify, verify
+from fedml_core.secagg.client import ClientSession, Sign
+from fedml_core.secagg.parameters import Parameters
+from fedml_core.secagg.unmasked import UnmaskedClientSession
+
+__all__ = ["Counter", "Floor", "Session", "Standing"]
+
+Session = ClientSession | UnmaskedClientSession
+ReadBulletin = Callable[[Parameters, bytes, Mapping[int, bytes], Verify], Bulletin]
+ReadPanel = Callable[[Parameters, bytes, Mapping[int, bytes], Verify], Panel]
 
 
-def standing_of(config: SiteConfig, threads: int = 1) -> Standing:
-    """Return who the site is; without an operator it has no roster, and takes part in semi-honest sums at most.
+class Counter(Protocol):
+    """Remembers, on disk, the last attempt that this client took part in."""
 
-    Raises: ConfigError: if its keys or the roster are missing, damaged, or do not fit each other. RefusalError: if the
-        roster is older than one that it has seen.
+    def advance(self, run: str, round_number: int, attempt: int) -> None:
+        """Raise RefusalError unless the attempt is newer than every one before; return when that is on disk."""
+        ...
+
+
+class Floor(Protocol):
+    """The site's own minimum for a cohort; see `clients.secure_policy`."""
+
+    def check(self, parameters: Parameters) -> None:
+        """Raise RefusalError if the parameters ask for less."""
+        ...
+
+    def check_attempts(self, round_number: int, attempts: int) -> None:
+        """Raise RefusalError if a round is tried for so many times."""
+        ...
+
+    def check_members(self, members: int, threshold: int) -> None:
+        """Raise RefusalError if so many members with such a threshold are too few."""
+        ...
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Who this client is to the others, and what it insists on.
+
+    `roster`: the pinned identity keys by member; `digest`: of the roster. `sign`: with its own identity key.
+    `read_bulletin`, `bind`, `verify`: `Bulletin.read`, `binding_of` and `verify`, or what remembers their results.
+    `read_panel`: `Panel.read`, likewise.
+    `open_session`: makes a session; only simulations have another than `ClientSession`.
     """
-    counter = ReplayCounter(config.beside(config.memory) / REPLAY_FILE)
-    floor = CohortFloor(config.secure_aggregation)
-    if config.secure_aggregation.operator is None:
-        return Standing(config.id, {}, "", unsigned, counter, floor, threads=threads)
-    keys = read_site_keys(config.beside(config.keys.site))
-    roster = pinned_roster(config, public_half(keys).identity, counter)
-    return Standing(config.id, roster.keys, roster.digest, keys.identity.sign, counter, floor, threads=threads)
 
-
-def unsigned(message: bytes) -> bytes:
-    """Refuse to sign: there is no roster by which anybody could check it."""
-    raise SecureAggregationError("this site names no operator, so it has no identity to sign with")
+    member: int
+    roster: Mapping[int, bytes] = field(repr=False)
+    digest: str
+    sign: Sign = field(repr=False)
+    counter: Counter
+    floor: Floor
+    verify: Verify = verify
+    threads: int = 1
+    read_bulletin: ReadBulletin = Bulletin.read
+    read_panel: ReadPanel = Panel.read
+    bind: Callable[[Assignment], bytes] = binding_of
+    open_session: Callable[..., Session] = ClientSession

@@ -15,8 +15,9 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
-from clients.secagg import SecureMember, Standing
+from clients.secagg import SecureMember
 from clients.secagg_assisted import AssistedMember
+from clients.standing import Standing
 from fedml_core.binding import binding_of
 from fedml_core.bulk import GatheredArrival
 from fedml_core.errors import RefusalError, SecureAggregationError

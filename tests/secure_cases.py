@@ -9,7 +9,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from clients.client import Client
-from clients.secagg import Counter, Standing
+from clients.standing import Counter, Standing
 from fedml_core.errors import RefusalError
 from fedml_core.messages import (
     Arrival,

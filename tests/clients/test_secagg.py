@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from clients.secagg import SecureMember, Standing
+from clients.secagg import SecureMember
+from clients.standing import Standing
 from fedml_core.binding import binding_of
 from fedml_core.errors import RefusalError, SecureAggregationError, TaskError
 from fedml_core.messages import (

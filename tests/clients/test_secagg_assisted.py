@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from clients.replay import ReplayCounter
-from clients.secagg import SecureMember, Standing
+from clients.secagg import SecureMember
 from clients.secure_policy import CohortFloor
-from clients.standing import unsigned
+from clients.site_standing import unsigned
+from clients.standing import Standing
 from fedml_core.binding import binding_of
 from fedml_core.config import SecureAggregationTable
 from fedml_core.errors import RefusalError, SecureAggregationError, TaskError
