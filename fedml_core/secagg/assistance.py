@@ -127,23 +127,30 @@ def assign(
         chosen[subset] = free[subset][:each]
         for one in chosen[subset]:
             load[one] += 1
-    while _level(chosen, free, load):
-        pass
+    _level(chosen, free, load)
     groups: dict[tuple[int, ...], list[int]] = {}
     for subset, group in chosen.items():
         groups.setdefault(tuple(sorted(group)), []).append(subset)
     return {group: tuple(places) for group, places in groups.items()}
 
 
-def _level(chosen: Mapping[int, list[int]], free: Mapping[int, Sequence[int]], load: dict[int, int]) -> bool:
-    """Give one subset from an assistant with more of them to one with at least two fewer; return whether one was."""
+def _level(chosen: Mapping[int, list[int]], free: Mapping[int, Sequence[int]], load: dict[int, int]) -> None:
+    """Move subsets, one by one, from an assistant with more of them to one with at least two fewer."""
+    while (move := _move(chosen, free, load)) is not None:
+        group, one, other = move
+        group[group.index(one)] = other
+        load[one], load[other] = load[one] - 1, load[other] + 1
+
+
+def _move(
+    chosen: Mapping[int, list[int]], free: Mapping[int, Sequence[int]], load: Mapping[int, int]
+) -> tuple[list[int], int, int] | None:
+    """Return a group of which one assistant is to be replaced by another, or None if all have about as many."""
     for subset, group in chosen.items():
         for one, other in itertools.product(group, set(free[subset]).difference(group)):
             if load[one] > load[other] + 1:
-                group[group.index(one)] = other
-                load[one], load[other] = load[one] - 1, load[other] + 1
-                return True
-    return False
+                return group, one, other
+    return None
 
 
 def _names(subset: tuple[int, ...]) -> str:

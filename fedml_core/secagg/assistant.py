@@ -33,11 +33,11 @@ from fedml_core.secagg.assisted import (
     contributors_digest,
     root_key,
 )
-from fedml_core.secagg.assisted_steps import Stage, step
 from fedml_core.secagg.codec import Kind, Reader, Writer
 from fedml_core.secagg.keys import KeyPair, commitment, fresh_bytes, open_sealed
 from fedml_core.secagg.masks import add_masks, ring_type
 from fedml_core.secagg.parameters import Parameters
+from fedml_core.secagg.phases import AssistedPhase, step
 from fedml_core.secagg.secrets import Secret
 
 __all__ = ["AssistantSession"]
@@ -48,7 +48,7 @@ _BATCH = 256  # ciphers at a time
 
 
 class AssistantSession:
-    """One assistant's part in one attempt at one assisted sum; steps in the order of `Stage`.
+    """One assistant's part in one attempt at one assisted sum; steps in the order of `AssistedPhase`.
 
     Args: assistant: its number. roster: the pinned identity keys by number, unused in semi-honest mode. sign: by its
         own identity key. minimum: its own floor of contributors. threads: to expand masks with.
@@ -67,7 +67,7 @@ class AssistantSession:
     ) -> None:
         self.parameters, self.assistant = parameters, assistant
         self.minimum = max(minimum, parameters.minimum)
-        self.stage, self.stepping = Stage.FRESH, threading.Lock()
+        self.phase, self.stepping = AssistedPhase.FRESH, threading.Lock()
         self._roster, self._sign, self._verify, self._threads = roster, sign, verify, threads
         self._pair: KeyPair | None = None
         self._advert: AssistantAdvert | None = None
@@ -80,13 +80,13 @@ class AssistantSession:
 
     def __repr__(self) -> str:
         """Return who it is and how far it came."""
-        return f"AssistantSession(assistant={self.assistant}, stage={self.stage.name})"
+        return f"AssistantSession(assistant={self.assistant}, phase={self.phase.name})"
 
     def __reduce__(self) -> Any:
         """Refuse to be pickled or copied."""
         raise SecureAggregationError("a session holds secrets and is neither copied nor stored")
 
-    @step(Stage.FRESH, Stage.ADVERTISED)
+    @step(AssistedPhase.FRESH, AssistedPhase.ADVERTISED)
     def advertise(self) -> bytes:
         """Return this assistant's advert, with a fresh key."""
         self._pair = KeyPair.fresh()
@@ -100,7 +100,7 @@ class AssistantSession:
         """Return the panel in a message, checked against this assistant's own parameters and pinned roster."""
         return Panel.read(self.parameters, data, self._roster, self._verify)
 
-    @step(Stage.ADVERTISED, Stage.GATHERING)
+    @step(AssistedPhase.ADVERTISED, AssistedPhase.GATHERING)
     def join(self, panel: Panel, binding: bytes) -> None:
         """Begin to gather contributions that were made for this panel and the model and work of `binding`.
 
@@ -115,7 +115,7 @@ class AssistantSession:
             )
         self._panel, self._bound = panel, panel.bound(binding)
 
-    @step(Stage.GATHERING, Stage.GATHERING)
+    @step(AssistedPhase.GATHERING, AssistedPhase.GATHERING)
     def gather(self, roundup: bytes) -> bytes:
         """Open the roots of more contributions, and return the message that names those which cannot be summed.
 
@@ -160,7 +160,7 @@ class AssistantSession:
                 raise SecureAggregationError(f"the roots of member {member} are not the ones that it committed to")
         return roots
 
-    @step(Stage.GATHERING, Stage.WITNESSED)
+    @step(AssistedPhase.GATHERING, AssistedPhase.WITNESSED)
     def witness(self, message: bytes) -> bytes:
         """Check who is to be summed, and return this assistant's signature under it (zeros in semi-honest mode).
 
@@ -185,7 +185,7 @@ class AssistantSession:
     def _signed_digest(self) -> bytes:
         return contributors_digest(self._bound, self._digests.values())
 
-    @step(Stage.WITNESSED, Stage.WITNESSED)
+    @step(AssistedPhase.WITNESSED, AssistedPhase.WITNESSED, last=lambda self: self.answered_all)
     def answer(self, request: bytes) -> tuple[bytes, NDArray[Any]]:
         """Return the sum of all contributors' masks for the subsets that are asked for, with the message beside it.
 
@@ -206,9 +206,12 @@ class AssistantSession:
             raise SecureAggregationError("a subset was asked for that this assistant does not hold, or answered before")
         vector = self._summed(wanted)
         self._answered.update(wanted)
-        if len(self._answered) == len(held):
-            self.wipe()
         return Writer(Kind.ANSWER).numbers(wanted).bytes(), vector
+
+    @property
+    def answered_all(self) -> bool:
+        """Return whether nothing that this assistant holds is left to be asked for."""
+        return len(self._answered) == len(self._joined.assistance.held_by(self.assistant))
 
     def _check_witnesses(self, signed: Sequence[tuple[int, bytes]]) -> None:
         panel = self._joined
@@ -245,7 +248,7 @@ class AssistantSession:
         for roots in self._roots.values():
             roots.wipe()
         self._roots.clear()
-        self.stage = Stage.OVER
+        self.phase = AssistedPhase.OVER
 
 
 def _root(roots: Secret, at: int) -> memoryview:

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from fedml_core.errors import SecureAggregationError
 from fedml_core.secagg.adverts import Verify, verify
 from fedml_core.secagg.assisted import ROOT_SIZE, Contribution, Panel, check_vector, root_key
-from fedml_core.secagg.assisted_steps import Stage, step
 from fedml_core.secagg.codec import Kind, Writer
 from fedml_core.secagg.keys import KeyPair, commitment, seal
 from fedml_core.secagg.masks import add_masks
 from fedml_core.secagg.parameters import Parameters
+from fedml_core.secagg.phases import AssistedPhase, step
 from fedml_core.secagg.secrets import Secret
 
 __all__ = ["AssistedClient"]
@@ -49,13 +49,13 @@ class AssistedClient:
         threads: int = 1,
     ) -> None:
         self.parameters, self.member = parameters, member
-        self.stage, self.stepping = Stage.FRESH, threading.Lock()
+        self.phase, self.stepping = AssistedPhase.FRESH, threading.Lock()
         self._roster, self._sign, self._verify, self._threads = roster, sign, verify, threads
         self._roots: list[Secret] = []
 
     def __repr__(self) -> str:
         """Return who it is and how far it came."""
-        return f"AssistedClient(member={self.member}, stage={self.stage.name})"
+        return f"AssistedClient(member={self.member}, phase={self.phase.name})"
 
     def __reduce__(self) -> Any:
         """Refuse to be pickled or copied."""
@@ -65,7 +65,7 @@ class AssistedClient:
         """Return the panel in a message, checked against this member's own parameters and pinned roster."""
         return Panel.read(self.parameters, data, self._roster, self._verify)
 
-    @step(Stage.FRESH, Stage.OVER)
+    @step(AssistedPhase.FRESH, AssistedPhase.OVER)
     def contribute(self, panel: Panel, binding: bytes, vector: NDArray[Any]) -> bytes:
         """Mask the ring vector of shape (length,), in place, and return the message that goes with it.
 
@@ -108,7 +108,7 @@ class AssistedClient:
         for root in self._roots:
             root.wipe()
         self._roots.clear()
-        self.stage = Stage.OVER
+        self.phase = AssistedPhase.OVER
 
 
 def _packed(roots: Sequence[Secret], places: Sequence[int]) -> Secret:

@@ -1,4 +1,4 @@
-"""The order of a member's steps: each once, and none after anything went wrong.
+"""The order of a session's steps: each in its turn, and none after anything went wrong.
 
 Guarantees: a step that is asked for out of order, twice, while another is being taken, or that fails for whatever
     reason, ends the session, and its secrets are overwritten.
@@ -11,12 +11,12 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 from fedml_core.errors import SecureAggregationError
 from fedml_core.secagg.codec import Kind, Writer
 
-__all__ = ["ComplaintError", "Phase", "step"]
+__all__ = ["AssistedPhase", "ComplaintError", "Phase", "Stepped", "step"]
 
 
 class Phase(IntEnum):
@@ -29,6 +29,16 @@ class Phase(IntEnum):
     MASKED = 4
     CONFIRMED = 5
     OVER = 6
+
+
+class AssistedPhase(IntEnum):
+    """What a session of an assisted sum has done: a client goes from the first to the last at once."""
+
+    FRESH = 0
+    ADVERTISED = 1
+    GATHERING = 2
+    WITNESSED = 3
+    OVER = 4
 
 
 class ComplaintError(SecureAggregationError):
@@ -48,22 +58,32 @@ class ComplaintError(SecureAggregationError):
         return f"the shares of members {', '.join(map(str, self.members))} cannot be opened"
 
 
-class _Steps(Protocol):
-    phase: Phase
+class Stepped(Protocol):
+    """A session that is in one phase and can be wiped."""
+
+    phase: Any
     stepping: threading.Lock
 
-    def wipe(self) -> None: ...
+    def wipe(self) -> None:
+        """Overwrite every secret and end the session."""
 
 
-S = TypeVar("S", bound=_Steps)
+S = TypeVar("S", bound=Stepped)
 P = ParamSpec("P")
 R = TypeVar("R")
+Step = Callable[Concatenate[S, P], R]
 
 
-def step(before: Phase, after: Phase) -> Callable[[Callable[Concatenate[S, P], R]], Callable[Concatenate[S, P], R]]:
-    """Return a decorator for the step between two phases: any other phase, and any error, ends the session."""
+def step(
+    before: IntEnum, after: IntEnum, *, last: Callable[[Any], bool] | None = None
+) -> Callable[[Step[S, P, R]], Step[S, P, R]]:
+    """Return a decorator for the step between two phases: any other phase, and any error, ends the session.
 
-    def decorate(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    Equal phases make a step that may be repeated. `last`: says, after a step, whether it was the session's last; a step
+    to a phase called OVER always is.
+    """
+
+    def decorate(method: Step[S, P, R]) -> Step[S, P, R]:
         @functools.wraps(method)
         def stepped(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
             if not self.stepping.acquire(blocking=False):
@@ -75,7 +95,7 @@ def step(before: Phase, after: Phase) -> Callable[[Callable[Concatenate[S, P], R
                 result = method(self, *args, **kwargs)
                 _require(self, before, method.__name__)  # a second caller may have ended the session meanwhile
                 self.phase = after
-                if after is Phase.OVER:
+                if after.name == "OVER" or (last is not None and last(self)):
                     self.wipe()
                 return result
             except BaseException:
@@ -84,12 +104,12 @@ def step(before: Phase, after: Phase) -> Callable[[Callable[Concatenate[S, P], R
             finally:
                 self.stepping.release()
 
-        return cast("Callable[Concatenate[S, P], R]", stepped)
+        return cast("Step[S, P, R]", stepped)
 
     return decorate
 
 
-def _require(session: _Steps, phase: Phase, name: str) -> None:
+def _require(session: Stepped, phase: IntEnum, name: str) -> None:
     if session.phase is not phase:
         raise SecureAggregationError(
             f"{name} was asked of a session that is {session.phase.name.lower()}; it must be {phase.name.lower()}"

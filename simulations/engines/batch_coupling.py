@@ -43,7 +43,9 @@ def coupling(task: Task, forward: Callable[[tuple[Tensor, ...]], Any], examples:
     loss = not all(_same(call(outputs, batch.targets), call(head, batch.targets[:-1])) for call in calls)
     try:
         alone = forward(tuple(column[:-1] for column in batch.inputs))
-    except Exception:  # noqa: BLE001  # a model that refuses a smaller batch depends on it
+    except torch.OutOfMemoryError:
+        raise  # it says nothing about the model, and whoever asked can go on with fewer clients
+    except Exception:  # noqa: BLE001  # user's code may raise anything; refusing a smaller batch is to depend on it
         return Coupling(model=True, loss=loss)
     pairs = zip(tree_leaves(outputs), tree_leaves(alone), strict=False)
     return Coupling(model=not all(_same(whole, part) for whole, part in pairs), loss=loss)

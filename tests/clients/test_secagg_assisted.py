@@ -21,8 +21,8 @@ from fedml_core.messages import Assignment, SecureAnswer, SecureWork, TrainWork
 from fedml_core.ring import encoding_from_table
 from fedml_core.secagg.assistance import Assistance
 from fedml_core.secagg.assisted_server import AssistedServer
-from fedml_core.secagg.assisted_steps import Stage
 from fedml_core.secagg.parameters import Parameters
+from fedml_core.secagg.phases import AssistedPhase
 from fedml_core.training import Training
 from fedml_core.transform import Chain
 from fedml_core.update import Update
@@ -195,7 +195,7 @@ def test_a_new_attempt_wipes_the_assistance_before() -> None:
     case = Sum().advertise()
     before = case.members[1].assisted._assisting[PARAMETERS.context].session
     later = Sum(dataclasses.replace(PARAMETERS, attempt=8), case.members).advertise()
-    assert before.stage is Stage.OVER and len(later.members[1].assisted._assisting) == 1
+    assert before.phase is AssistedPhase.OVER and len(later.members[1].assisted._assisting) == 1
 
 
 def test_an_assistant_gathers_for_one_panel_and_one_piece_of_work() -> None:
@@ -213,7 +213,7 @@ def test_an_exchange_of_another_round_ends_the_assistance() -> None:
     case = Sum().advertise().contribute()
     with pytest.raises(SecureAggregationError, match="another round"):
         ask(case.members[0], "assist-gather", case.roundup(0), round_number=2)
-    assert case.members[0].assisted._assisting[PARAMETERS.context].session.stage is Stage.OVER
+    assert case.members[0].assisted._assisting[PARAMETERS.context].session.phase is AssistedPhase.OVER
 
 
 def test_contributors_are_signed_once_in_a_round_by_what_is_on_the_disk(tmp_path: Path) -> None:

@@ -158,10 +158,16 @@ def test_a_deterministic_trainer_trains_and_evaluates_so_and_names_what_cannot_b
     assert torch.equal(update.values, trained(TorchTrainer(task, device="cpu"), labelled()).values)
 
 
+GLIBC = platform.libc_ver()[0] == "glibc"
+
+
+@pytest.mark.skipif(GLIBC, reason="glibc can keep freed memory")
+def test_where_freed_memory_cannot_be_kept_nothing_happens_and_that_is_said() -> None:
+    assert not devices.keep_freed_memory()
+
+
+@pytest.mark.skipif(not GLIBC, reason="only glibc can keep freed memory")
 def test_keeping_freed_memory_spares_the_system_from_handing_it_out_again() -> None:
-    if platform.libc_ver()[0] != "glibc":
-        assert not devices.keep_freed_memory()
-        pytest.skip("only glibc can")
     code = (
         "import resource, sys, torch; from fedml_core.devices import keep_freed_memory; "
         "assert sys.argv[1] == 'default' or keep_freed_memory()\n"

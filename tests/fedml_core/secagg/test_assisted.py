@@ -17,10 +17,10 @@ from fedml_core.secagg import assistant as assistant_module
 from fedml_core.secagg.adverts import verify
 from fedml_core.secagg.assisted import Contribution, Panel, root_key
 from fedml_core.secagg.assisted_client import AssistedClient
-from fedml_core.secagg.assisted_steps import Stage
 from fedml_core.secagg.codec import Kind, Reader, Writer
 from fedml_core.secagg.keys import KeyPair
 from fedml_core.secagg.masks import add_masks
+from fedml_core.secagg.phases import AssistedPhase
 from fedml_core.secagg.secrets import Secret
 from tests.fedml_core.secagg.assisted_cases import BINDING, Assisted
 
@@ -61,7 +61,7 @@ def test_the_sum_is_exact(assistants: int, threshold: int, bits: int) -> None:
     # masks, or an error.
     case = Assisted(3, assistants, threshold, bits=bits, length=37)
     np.testing.assert_array_equal(case.run(), case.expected())
-    assert all(session.stage is Stage.OVER or session._answered for session in case.assistants.values())
+    assert all(session.phase is AssistedPhase.OVER or session._answered for session in case.assistants.values())
 
 
 @pytest.mark.parametrize("active", [True, False])
@@ -154,7 +154,7 @@ def test_an_assistants_own_floor_holds_whatever_the_server_says() -> None:
         session = gathered().assistants[102]
         with pytest.raises(SecureAggregationError, match=said):
             session.witness(survivors(*named))
-        assert session.stage is Stage.OVER
+        assert session.phase is AssistedPhase.OVER
 
 
 def test_two_sets_are_never_both_answered() -> None:
@@ -203,7 +203,7 @@ def test_a_request_that_the_protocol_does_not_allow_ends_the_assistant(change: s
         session.answer(message)
     with pytest.raises(STOPPED):
         session.answer(message)
-    assert session.stage is Stage.OVER
+    assert session.phase is AssistedPhase.OVER
     assert secrets_of(session) == [] or all(one.wiped for one in secrets_of(session))
 
 
@@ -378,7 +378,7 @@ def test_a_contribution_is_gathered_once() -> None:
     session.gather(message)
     with pytest.raises(SecureAggregationError, match="a contribution of member 0 came before"):
         session.gather(message)
-    assert session.stage is Stage.OVER
+    assert session.phase is AssistedPhase.OVER
 
 
 def test_what_assistants_say_about_gathering_is_checked() -> None:
@@ -488,7 +488,7 @@ def test_what_assistants_give_away_is_one_sum_for_each_subset() -> None:
     assert not any(root in sent for root in roots)
     assert len(message) == 6 + 4 + 4 * 1
     case.assistants[100].answer(case.server._request((1,)))
-    assert case.assistants[100].stage is Stage.OVER
+    assert case.assistants[100].phase is AssistedPhase.OVER
 
 
 def test_secrets_are_wiped_at_the_end_and_after_any_error() -> None:
@@ -541,15 +541,15 @@ def test_a_client_refuses_a_vector_of_another_shape_or_type(wrong: np.ndarray[An
     with pytest.raises(SecureAggregationError, match="the vector must be uint32"):
         client.contribute(panel, BINDING, wrong)
     assert not wrong.any()
-    assert client.stage is Stage.OVER
+    assert client.phase is AssistedPhase.OVER
 
 
 def test_sessions_do_not_print_pickle_or_copy() -> None:
     case = gathered()
     for session in (case.assistants[100], case.client(0)):
         assert repr(session) in (
-            "AssistantSession(assistant=100, stage=GATHERING)",
-            "AssistedClient(member=0, stage=FRESH)",
+            "AssistantSession(assistant=100, phase=GATHERING)",
+            "AssistedClient(member=0, phase=FRESH)",
         )
         for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(SecureAggregationError, match="neither copied nor stored"):
@@ -580,7 +580,7 @@ def gathered_only(case: Assisted, message: bytes) -> bytes:
     """Let an assistant that just joined gather a message."""
     session = case.assistant(100)
     session.advertise()
-    session._panel, session._bound, session.stage = case.server.panel, b"", Stage.GATHERING
+    session._panel, session._bound, session.phase = case.server.panel, b"", AssistedPhase.GATHERING
     return session.gather(message)
 
 
