@@ -1,115 +1,178 @@
-"""What privacy costs in accuracy: the handwritten digits of 1,000 clients, at several epsilons and by two mechanisms.
+"""What privacy costs in accuracy: the runs of examples/digits at several epsilons, each beside itself without privacy.
 
-python -m benchmarks.accuracy_against_epsilon [--seeds 3]
+python -m benchmarks.accuracy_against_epsilon [--seeds 3] [--processes 2] [--markdown]
 
-Noise is calibrated for each epsilon before the run; the epsilon in a row is the one that the run itself reported.
-Prints a table on stderr and one JSON line. Takes some minutes.
+A run is one of the example's files with the settings that a row shows. Its epsilon is the one that the run reports.
+Prints one JSON line, or with --markdown the table of docs/privacy.md. Takes some minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import multiprocessing
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import print_line
-from fedml_core import Task, Training
+import torch
+
+from benchmarks.measuring import machine, print_line
+from fedml_core.config import load_run
 from fedml_core.loading import load_task
-from fedml_core.privacy.calibration import noise_for
 from fedml_core.weighting import Uniform
-from server import EveryClient, History, PoissonSampling
-from server.sampling import Sampling
-from simulations import simulate
-from strategies import CentralDP, DistributedDP, FedAvg, SecAggPlus, SecureAggregation, Strategy
+from server import EvaluationPlan
+from simulations.configure import simulation_from
+from simulations.simulate import Simulation
+from strategies import FedAvg
 
-CLIENTS, DELTA = 1_000, 1e-5
-SAMPLED_ROUNDS, RATE, SAMPLED_CLIP = 100, 0.2, 0.3
-ALL_ROUNDS, ALL_CLIP, HONEST = 25, 0.3, 800
-EPSILONS = (4.0, 8.0)
+EXAMPLE = Path(__file__).parents[1] / "examples" / "digits"
+PLAIN_RATE = 10.0
+"""The clients' learning rate without privacy: the best there; under privacy each file has its own."""
+_TERMS = ("epsilon", "delta", "unit", "adjacency", "sampling", "accountant")
 
-__all__ = ["rows"]
-
-
-def rows(seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Return for each kind of run its epsilon with its terms, and its accuracy on the test data by seed."""
-    task = load_task("task.py", Path(__file__).parents[1] / "examples" / "digits")
-    plain = FedAvg(weighting=Uniform())
-    found = [
-        _row(
-            "none, a fifth of the clients in each of 100 rounds",
-            task,
-            plain,
-            PoissonSampling(RATE),
-            SAMPLED_ROUNDS,
-            seeds,
-        ),
-        _row("none, all clients in every round", task, plain, EveryClient(), ALL_ROUNDS, seeds),
-    ]
-    for epsilon in EPSILONS:
-        strategy = _central(plain, epsilon)
-        name = f"CentralDP at epsilon {epsilon:g}"
-        found.append(_row(name, task, strategy, PoissonSampling(RATE), SAMPLED_ROUNDS, seeds))
-    size = _run(task, plain, EveryClient(), 1, 0).spec.size
-    for epsilon in EPSILONS:
-        strategy = _distributed(plain, epsilon, size)
-        name = f"SecureAggregation(DistributedDP) at epsilon {epsilon:g}"
-        found.append(_row(name, task, strategy, EveryClient(), ALL_ROUNDS, seeds))
-    return found
+__all__ = ["ROWS", "Row", "markdown", "prepared", "rows"]
 
 
-def _central(inner: Strategy, epsilon: float) -> Strategy:
-    def events(noise: float) -> list[Mapping[str, Any]]:
-        event = {
-            "name": "poisson",
-            "sampling_probability": RATE,
-            "event": {"name": "gaussian", "noise_multiplier": noise},
-        }
-        return [{"name": "repeated", "count": SAMPLED_ROUNDS, "event": event}]
+@dataclass(frozen=True)
+class Row:
+    """One run. `name`: as the table has it. `file`: in the example. `epsilon`: promised. `settings`: its overrides."""
 
-    noise = noise_for(epsilon, DELTA, events, unit="client", adjacency="add-or-remove-one")
-    return CentralDP(inner, SAMPLED_CLIP, noise, RATE * CLIENTS, DELTA)
+    name: str
+    file: str
+    epsilon: float
+    settings: tuple[str, ...] = ()
 
 
-def _distributed(inner: Strategy, epsilon: float, size: int) -> Strategy:
-    def made(noise: float) -> DistributedDP:
-        return DistributedDP(inner, ALL_CLIP, noise, DELTA, size=size, cohort_size=CLIENTS, honest=HONEST, bits=20)
+_SAMPLED = "`CentralDP`, each client in a fifth of 100 rounds"
+_ALL = "`CentralDP`, all clients in each of 50 rounds"
+_EVERYBODY = (
+    "sampling=EveryClient",
+    "rounds=50",
+    "strategy.expected_cohort=1000",
+    "strategy.strategy.server_learning_rate=8.0",
+)
+_DISTRIBUTED = "`SecureAggregation(DistributedDP)`, all clients in each of 50 rounds"
+_CORRELATED = "`CentralDP` with `BandedNoise`, each client in every fourth of 100 rounds"
+_HOSPITALS = "DP-SGD at 10 hospitals, an epoch in each of 25 rounds"
 
-    def events(noise: float) -> list[Mapping[str, Any]]:
-        event = made(noise).pipeline().event()
-        assert event is not None
-        return [{"name": "repeated", "count": ALL_ROUNDS, "event": event}]
+ROWS = (
+    Row(_SAMPLED, "private.toml", 8),
+    Row(_SAMPLED, "private.toml", 4, ("strategy.noise_multiplier=2.376",)),
+    Row(_ALL, "private.toml", 8, (*_EVERYBODY, "strategy.noise_multiplier=4.245")),
+    Row(_ALL, "private.toml", 4, (*_EVERYBODY, "strategy.noise_multiplier=7.646")),
+    Row(_DISTRIBUTED, "distributed.toml", 8),
+    Row(_DISTRIBUTED, "distributed.toml", 4, ("strategy.strategy.noise_multiplier=8.19",)),
+    Row(_CORRELATED, "correlated.toml", 8),
+    Row(_HOSPITALS, "hospitals.toml", 8),
+    Row(_HOSPITALS, "hospitals.toml", 4, ("clients.examples.noise_multiplier=3.97",)),
+    Row(_HOSPITALS, "hospitals.toml", 1, ("clients.examples.noise_multiplier=13.33", "training.learning_rate=10.0")),
+)
+"""The rows of the table, in order."""
 
-    terms = made(1.0).privacy()
-    noise = noise_for(epsilon, DELTA, events, unit=terms.unit, adjacency=terms.adjacency or "replace-one")
-    protocol = SecAggPlus(minimum=850, corrupt_share=0.05, dropout_share=0.1)
-    return SecureAggregation(made(noise), protocol, bits=32, draw_masks=False)
+
+def prepared(row: Row, seed: int, *, private: bool) -> Simulation:
+    """Return the row's run with a seed, or its twin: nothing clipped, no noise, the learning rate that is best there.
+
+    Only the last model is evaluated.
+    """
+    config = load_run(EXAMPLE / row.file, (*row.settings, f"seed={seed}"))
+    run = simulation_from(config, load_task(config.task, config.folder))
+    run = dataclasses.replace(run, evaluation=EvaluationPlan(every=0))
+    if private:
+        return run
+    training = run.training.model_copy(update={"learning_rate": PLAIN_RATE})
+    return dataclasses.replace(run, strategy=FedAvg(weighting=Uniform()), private=None, training=training)
 
 
-def _run(task: Task, strategy: Strategy, sampling: Sampling, rounds: int, seed: int) -> History:
-    training = Training(epochs=5, batch_size=10, learning_rate=0.3)
-    return simulate(task, strategy, clients=CLIENTS, rounds=rounds, sampling=sampling, training=training, seed=seed)
+def rows(wanted: Sequence[Row], seeds: Sequence[int], processes: int = 1) -> list[dict[str, Any]]:
+    """Return for each row the epsilon that its runs report, and the accuracies of its runs and of its twins by seed.
+
+    Rows of one name have one twin.
+    """
+    jobs = [_Job(row, seed, private=True) for row in wanted for seed in seeds]
+    jobs += [_Job(row, seed, private=False) for row in _twins(wanted).values() for seed in seeds]
+    jobs.sort(key=lambda job: job.row.file != "distributed.toml")  # the longest first, so that no process ends alone
+    found = dict(zip(jobs, _outcomes(jobs, processes), strict=True))
+    return [_line(row, _twins(wanted)[row.name], seeds, found) for row in wanted]
 
 
-def _row(
-    name: str, task: Task, strategy: Strategy, sampling: Sampling, rounds: int, seeds: Sequence[int]
-) -> dict[str, Any]:
-    histories = [_run(task, strategy, sampling, rounds, seed) for seed in seeds]
-    accuracies = [round(history.metric("server.accuracy")[-1], 4) for history in histories]
-    privacy = histories[-1].reports[-1].privacy
-    shown = "no bound" if privacy is None else f"epsilon {privacy['epsilon']:.2f}"
-    print(f"{name:58} {shown:14} accuracy {statistics.median(accuracies):.3f} {accuracies}", file=sys.stderr)
-    return {"name": name, "privacy": privacy, "accuracy": accuracies, "rounds": rounds}
+def markdown(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table: each row's mean accuracy with its range over the seeds, and its twin's."""
+    head = "| run | unit | epsilon | accuracy | without privacy |\n|---|---|---|---|---|\n"
+    return head + "".join(
+        f"| {row['name']} | {row['privacy']['unit']} | {row['privacy']['epsilon']:.2f} | {_spread(row['accuracy'])} | "
+        f"{_spread(row['without'])} |\n"
+        for row in found
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    row: Row
+    seed: int
+    private: bool
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    accuracy: float
+    privacy: Mapping[str, Any] | None
+
+
+def _twins(wanted: Sequence[Row]) -> dict[str, Row]:
+    return {row.name: row for row in reversed(wanted)}
+
+
+def _outcomes(jobs: Sequence[_Job], processes: int) -> list[_Outcome]:
+    if processes == 1:
+        return [_outcome(job) for job in jobs]
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_outcome, jobs))
+
+
+def _outcome(job: _Job) -> _Outcome:
+    torch.set_num_threads(1)
+    history = prepared(job.row, job.seed, private=job.private).run()
+    claimed = history.reports[-1].privacy
+    privacy = None if claimed is None else {name: claimed[name] for name in _TERMS}
+    accuracy = round(history.metric("server.accuracy")[-1], 4)
+    said = "no bound" if privacy is None else f"epsilon {privacy['epsilon']:.2f}"
+    print(f"{job.row.name:80} seed {job.seed} {said:14} accuracy {accuracy:.3f}", file=sys.stderr, flush=True)
+    return _Outcome(accuracy, privacy)
+
+
+def _line(row: Row, twin: Row, seeds: Sequence[int], found: Mapping[_Job, _Outcome]) -> dict[str, Any]:
+    outcomes = [found[_Job(row, seed, private=True)] for seed in seeds]
+    without = [found[_Job(twin, seed, private=False)].accuracy for seed in seeds]
+    return {
+        **dataclasses.asdict(row),
+        "privacy": outcomes[0].privacy,
+        "accuracy": [outcome.accuracy for outcome in outcomes],
+        "without": without,
+    }
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def main() -> None:
     """Print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--markdown", action="store_true")
     asked = parser.parse_args()
-    print_line({"clients": CLIENTS, "delta": DELTA, "rows": rows(range(asked.seeds))})
+    found = rows(ROWS, range(asked.seeds), asked.processes)
+    if asked.markdown:
+        print(markdown(found), end="")
+    else:
+        print_line({"benchmark": "accuracy_against_epsilon", "rows": found, **machine()})
 
 
 if __name__ == "__main__":

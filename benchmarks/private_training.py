@@ -1,10 +1,16 @@
 """How much private steps cost: ours against plain SGD and against each of Opacus's modes, in one process, in turns.
 
-    python -m benchmarks.private_training --workload femnist-mlp --batch-size 1024
+    python -m benchmarks.private_training --workload femnist-mlp --batch-size 64 256 1024
 
-Prints one JSON line: seconds a step of each contender (the middle one of all turns), and ratios, each of which is taken
-turn by turn before the middle is. Opacus runs as its users run it: its own optimizer and noise, whole batches. All take
-as many threads.
+Prints one JSON line with a result for each batch size: seconds a step of each contender (the middle one of all turns),
+and ratios, each of which is taken turn by turn before the middle, lowest and highest are; in processor time, too, where
+noise that another processor draws counts. Opacus runs as its users run
+it: its own optimizer and noise, whole batches. All take as many threads.
+
+Noise costs the same whatever the batch, and plain SGD less the smaller it is, so a ratio means nothing without the
+batch. DP-SGD takes the largest that it can, for the noise is one draw a batch: 256 and 1,024 are usual for small
+models. `noise_s` is one step's noise by itself, which our trainer draws while it computes, and `keystream_s` the part
+of it that is AES: what no cryptographic noise of so many bits can do without.
 """
 
 from __future__ import annotations
@@ -14,23 +20,26 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from benchmarks.measuring import machine, print_line
 from benchmarks.workloads import WORKLOADS, Workload
 from clients.per_example import FlatClipping
+from clients.private_noise import CoarseGrid, GradientNoise
 from clients.private_trainer import PrivateTorchTrainer
 from clients.private_training import PrivateTraining
 from clients.torch_trainer import TorchTrainer
 from fedml_core.data import Examples
 from fedml_core.devices import fitting_threads, seeded_torch
+from fedml_core.privacy.entropy import NoiseStream
 from fedml_core.task import Task
 from fedml_core.training import Training
 
-__all__ = ["OPACUS_MODES", "contenders", "measure"]
+__all__ = ["OPACUS_MODES", "Turn", "contenders", "measure", "noise_seconds", "result"]
 
 OPACUS_MODES = ("hooks", "functorch", "ew", "ghost")
 _NOISE, _NORM = 1.0, 1.0
@@ -57,38 +66,73 @@ def contenders(workload: Workload, batch_size: int, modes: Sequence[str] = OPACU
     return found
 
 
-def measure(found: Mapping[str, Steps], steps: int, turns: int) -> dict[str, list[float]]:
-    """Return the seconds a step of each contender in each turn; all take a turn before one takes its next."""
-    seconds: dict[str, list[float]] = {name: [] for name in found}
+class Turn(NamedTuple):
+    """Seconds a step: by the clock, and of all processors together, which other work on the machine disturbs less."""
+
+    clock_s: float
+    processor_s: float
+
+
+def measure(found: Mapping[str, Steps], steps: int, turns: int) -> dict[str, list[Turn]]:
+    """Return each contender's turns; all take a turn before one takes its next."""
+    seconds: dict[str, list[Turn]] = {name: [] for name in found}
     for take in found.values():
         take(2)
     for _ in range(turns):
         for name, take in found.items():
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             take(steps)
-            seconds[name].append((time.perf_counter() - start) / steps)
+            seconds[name].append(Turn((time.perf_counter() - start) / steps, (time.process_time() - busy) / steps))
     return seconds
 
 
-def line(workload: str, batch_size: int, seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Return the line of results; a ratio above 1 means that private steps take longer."""
-    private = seconds["private"]
-    ratios = {
-        name: statistics.median(ours / theirs for ours, theirs in zip(private, others, strict=True))
-        for name, others in seconds.items()
-        if name != "private"
-    }
+def result(workload: str, batch_size: int, turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
+    """Return the result for one batch size; a ratio above 1 means that private steps take longer."""
+    by_clock = {name: [turn.clock_s for turn in each] for name, each in turns.items()}
+    ratios = _ratios(by_clock)
+    busy = _ratios({name: [turn.processor_s for turn in each] for name, each in turns.items()})
     opacus = [name for name in ratios if name.startswith("opacus-")]
-    fastest = min(opacus, key=lambda name: statistics.median(seconds[name]), default=None)
+    fastest = min(opacus, key=lambda name: statistics.median(by_clock[name]), default=None)
     return {
         "workload": workload,
         "batch_size": batch_size,
-        "step_s": {name: round(statistics.median(each), 6) for name, each in seconds.items()},
-        "private_to": {name: round(ratio, 3) for name, ratio in ratios.items()},
+        "step_s": {name: round(statistics.median(each), 6) for name, each in by_clock.items()},
+        "private_to": {name: round(statistics.median(each), 3) for name, each in ratios.items()},
+        "spread": {name: [round(min(each), 3), round(max(each), 3)] for name, each in ratios.items()},
+        "private_to_in_processor_time": {name: round(statistics.median(each), 3) for name, each in busy.items()},
         "fastest_opacus": fastest,
-        "turns": len(private),
-        **machine(),
+        "turns": len(turns["private"]),
     }
+
+
+def _ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Return what private steps take over what the others take, turn by turn."""
+    return {
+        name: [ours / theirs for ours, theirs in zip(seconds["private"], others, strict=True)]
+        for name, others in seconds.items()
+        if name != "private"
+    }
+
+
+def noise_seconds(parameters: int, draws: int = 20) -> dict[str, float]:
+    """Return the seconds that one step's noise takes by itself, and that its keystream alone takes: middle draws."""
+    noise, stream = GradientNoise(_NOISE, parameters), NoiseStream.fresh()
+    tables = 2 if isinstance(noise.grid(_NORM), CoarseGrid) else 3
+    words = np.empty(-(-tables * parameters // 4), dtype="<u8")
+    zeros = torch.zeros(parameters)
+    return {
+        "noise_s": round(_middle(lambda: noise.added(zeros, _NORM), draws), 6),
+        "keystream_s": round(_middle(lambda: stream.into(words), draws), 6),
+    }
+
+
+def _middle(work: Callable[[], object], times: int) -> float:
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
 
 
 def _private(task: Task, rate: float) -> PrivateTorchTrainer:
@@ -145,13 +189,19 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=list(WORKLOADS), default="femnist-mlp")
-    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--opacus", nargs="*", choices=OPACUS_MODES, default=list(OPACUS_MODES))
     given = parser.parse_args()
-    found = contenders(WORKLOADS[given.workload], given.batch_size, given.opacus)
-    print_line(line(given.workload, given.batch_size, measure(found, given.steps, given.turns)))
+    workload = WORKLOADS[given.workload]
+    results = []
+    for batch_size in given.batch_size:
+        found = contenders(workload, batch_size, given.opacus)
+        results.append(result(given.workload, batch_size, measure(found, given.steps, given.turns)))
+    parameters = sum(parameter.numel() for parameter in workload.model().parameters())
+    noise = noise_seconds(parameters)
+    print_line({"bench": "private_training", "results": results, "parameters": parameters, **noise, **machine()})
 
 
 if __name__ == "__main__":

@@ -22,14 +22,16 @@ from clients.secagg import SecureMember
 from clients.standing import Standing
 from fedml_core.binding import binding_of
 from fedml_core.errors import ConfigError, SecureAggregationError
-from fedml_core.messages import Arrival, Assignment, Reply, SecureWork, TrainWork, assignment_to_frame, reply_to_frame
+from fedml_core.message_frames import assignment_to_frame, reply_to_frame
+from fedml_core.messages import Arrival, Assignment, Reply, SecureWork, TrainWork
 from fedml_core.model import ModelSpec
-from fedml_core.secagg.bulletin import Bulletin, Verify, verify
-from fedml_core.secagg.parameters import Parameters
+from fedml_core.secagg.bulletin import Bulletin, verify
 from fedml_core.training import Training
 from fedml_core.update import Update
 from server.gathering import Order
-from server.secagg import SecureGathering, Witnesses
+from server.secagg import SecureGathering
+from server.secure_exchange import Witnesses
+from simulations.virtual_sites import AnySite, SharedWork
 from strategies import FedAvg
 from strategies.secure import SecAggPlus, SecureAggregation
 
@@ -87,47 +89,6 @@ class Costs:
     server_mask_s: list[float] = field(default_factory=list)
 
 
-class _Shared:
-    """What clients that are not measured compute once for all of them."""
-
-    def __init__(self) -> None:
-        self._bulletins: dict[bytes, Bulletin] = {}
-        self._valid: set[tuple[bytes, bytes, bytes]] = set()
-        self._binding: tuple[Tensor, bytes] | None = None
-
-    def read(self, parameters: Parameters, data: bytes, roster: Mapping[int, bytes], check: Verify) -> Bulletin:
-        if data not in self._bulletins:
-            self._bulletins[data] = Bulletin.read(parameters, data, roster, check)
-        return self._bulletins[data]
-
-    def verify(self, key: bytes, signature: bytes, message: bytes) -> bool:
-        triple = (key, signature, message)
-        if triple not in self._valid and verify(*triple):
-            self._valid.add(triple)
-        return triple in self._valid
-
-    def bind(self, assignment: Assignment) -> bytes:
-        if self._binding is None or self._binding[0] is not assignment.parameters:
-            self._binding = assignment.parameters, binding_of(assignment)
-        return self._binding[1]
-
-
-class _Everything:
-    """A site that accepts every cohort and every attempt."""
-
-    def advance(self, run: str, round_number: int, attempt: int) -> None:
-        """Accept."""
-
-    def check(self, parameters: Parameters) -> None:
-        """Accept."""
-
-    def check_attempts(self, round_number: int, attempts: int) -> None:
-        """Accept."""
-
-    def check_members(self, members: int, threshold: int) -> None:
-        """Accept."""
-
-
 class TimedChannel:
     """Carries the exchanges to clients in this process; what happens in here is not the server's time."""
 
@@ -137,14 +98,14 @@ class TimedChannel:
         self._measured = range(min(_MEASURED, plan.clients - plan.dropouts))
         self._lost = range(plan.clients - plan.dropouts, plan.clients)
         self._values: Tensor | None = None
-        self._shared = _Shared()
+        self._shared = SharedWork()
         self._stage, self._since, self._wall = "advertise", 0.0, 0.0
         keys = [Ed25519PrivateKey.generate() for _ in range(plan.clients)]
         self.roster = {member: key.public_key().public_bytes_raw() for member, key in enumerate(keys)}
         self._members = [self._member(number, key) for number, key in enumerate(keys)]
 
     def _member(self, number: int, key: Ed25519PrivateKey) -> SecureMember:
-        site, shared = _Everything(), self._shared
+        site, shared = AnySite(), self._shared
         alone = number in self._measured
         standing = Standing(
             number,
@@ -155,7 +116,7 @@ class TimedChannel:
             site,
             threads=self._plan.threads,
             verify=verify if alone else shared.verify,
-            read_bulletin=Bulletin.read if alone else shared.read,
+            read_bulletin=Bulletin.read if alone else shared.read_bulletin,
             bind=binding_of if alone else shared.bind,
         )
         return SecureMember(standing, self._train)

@@ -4,10 +4,10 @@ from .flower import secure_mod as secure_mod
 from .memory import FileMemory as FileMemory
 from .memory import InProcessMemory as InProcessMemory
 from .memory import MemoryStore as MemoryStore
-from .memory import SpillingMemory as SpillingMemory
 from .per_example import AdaptiveClipping as AdaptiveClipping
 from .per_example import FlatClipping as FlatClipping
 from .per_example import PerLayerClipping as PerLayerClipping
 from .private_trainer import PrivateTorchTrainer as PrivateTorchTrainer
 from .private_training import PrivateTraining as PrivateTraining
+from .spilling_memory import SpillingMemory as SpillingMemory
 from .torch_trainer import TorchTrainer as TorchTrainer

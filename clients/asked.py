@@ -38,9 +38,13 @@ LOCAL = "analytic-gaussian-local"
 
 @dataclass(frozen=True)
 class Sum:
-    """The secure sum that an update goes into. `honest`: the fewest members in it that do not collude."""
+    """The secure sum that an update goes into.
+
+    `honest`: the fewest members in it that do not collude. `metrics`: the names of what it sums beside the update.
+    """
 
     honest: int
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

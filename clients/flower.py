@@ -36,7 +36,8 @@ from fedml_core import engine_guard  # noqa: F401 - its import sets Flower's swi
 from fedml_core.errors import ConfigError, FedveilError, RefusalError, ReplyError, SecureAggregationError
 from fedml_core.flower_records import pack
 from fedml_core.flower_secure import Asked, Lesson, introduced, is_secure, refused
-from fedml_core.messages import Assignment, Reply, SecureWork, reply_to_frame
+from fedml_core.message_frames import reply_to_frame
+from fedml_core.messages import Assignment, Reply, SecureWork
 from fedml_core.model import ModelSpec
 from fedml_core.transform import Draws
 from fedml_core.update import Update, all_finite

@@ -7,8 +7,9 @@ Guarantees: where the site's own noise protects the update, no metric leaves bes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from fedml_core.messages import Assignment, TrainWork
 from fedml_core.privacy.budget import Accountant
 from fedml_core.privacy.ledger import Purpose
 from fedml_core.update import Update
+
+if TYPE_CHECKING:
+    from fedml_core.privacy.accounting import Claim
 
 __all__ = ["Gate", "due"]
 
@@ -55,6 +59,8 @@ class Gate:
         self._uniform = config.policy.uniform_weights
         self._server, self._example = server, example
         self._begun: _Begun | None = None
+        self.protection = "none"
+        """What protected the update that was released last."""
         self._content: tuple[Data, str] | None = None
         # Rounds that an earlier one's event covers leave no entry of their own to count.
         self._participations: dict[str, int] = {}
@@ -119,6 +125,7 @@ class Gate:
         """
         begun = self._admitted()
         self._begun = None
+        self.protection = begun.purpose.protection
         if not begun.reserved:
             raise PrivacyError("the trainer claims to protect examples and reserved nothing; its update stays here")
         if self._uniform and not bool((update.weight == 1).all()):
@@ -129,8 +136,8 @@ class Gate:
         if names is None and begun.protections & _OWN_NOISE:
             names = []
         kept = self._coarse({name: float(value) for name, value in update.sums.items()}, names)
-        if begun.asked.secure is not None:  # a secure sum wants every name; what is withheld adds nothing
-            kept = {name: kept.get(name, 0.0) for name in update.sums}
+        if begun.asked.secure is not None and names is not None:
+            kept = _all_or_zeros(kept, begun.asked.secure.metrics)
         return update.replace(sums={name: _like(value, update) for name, value in kept.items()})
 
     def admit_evaluation(self, assignment: Assignment) -> None:
@@ -148,6 +155,16 @@ class Gate:
     def evaluated(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return what of an evaluation's sums leaves the site."""
         return self._coarse(sums, self._metrics.names)
+
+    def spent(self, run: str) -> Claim | None:
+        """Return what a run has cost this site's data so far, or None where no noise that can be counted protects them.
+
+        Raises: RefusalError: if the ledger cannot be believed. PrivacyError: if nothing accounts for what it holds.
+        """
+        found = frozenset(self.protection.split("+"))
+        if not found & NOISE:
+            return None
+        return self._books.spent("example" if "example" in found else "client", run)
 
     def _due(self, begun: _Begun) -> list[tuple[Event | None, str]]:
         return due(begun.asked, begun.protections, covered=self._covered(begun.asked))
@@ -189,6 +206,16 @@ def due(asked: Asked, found: frozenset[str], *, covered: bool = False) -> list[t
     if "central" in found and not covered:
         rows.append((asked.promised, "client"))
     return rows if found & NOISE else [(None, "client")]
+
+
+def _all_or_zeros(kept: dict[str, float], wanted: Iterable[str]) -> dict[str, float]:
+    """Return what a secure sum wants, which is a number for every name: what is kept if that is all, zeros otherwise.
+
+    A metric that is withheld beside a number of examples that is not would lower the mean of everybody's.
+    Unknown names stay, so that the sum refuses another task's.
+    """
+    zeros = dict.fromkeys(wanted, 0.0)
+    return kept if kept.keys() >= zeros.keys() else {**dict.fromkeys(kept, 0.0), **zeros}
 
 
 def _like(value: float, update: Update) -> Tensor:

@@ -24,7 +24,6 @@ from clients.per_example import (
     finite_rows,
     kept,
     trainable,
-    unclipped,
 )
 from clients.recorded_layers import Recording, recorded_forward
 from fedml_core.minibatches import Batch
@@ -70,12 +69,12 @@ class Bookkeeping:
         self._recording.begin(len(batch[1]))
         differentiate(self._losses(batch))
         pieces = [self._piece(parameter) for parameter in self._parameters]
-        norms = torch.stack([piece.squares() for piece in pieces]).sqrt()
+        norms = torch.stack([piece.norms() for piece in pieces])
         finite = finite_rows(norms)
         if finite is None:
             factors = clip.factors(norms)
             sums = [self._total(place, piece, factors[place]) for place, piece in enumerate(pieces)]
-            return Clipped(sums, unclipped(factors))
+            return Clipped(sums, factors)
         if not len(finite):
             return Clipped([torch.zeros_like(parameter) for parameter in self._parameters])
         return self.clipped(kept(batch, finite), clip)

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from clients.per_example import weighted
-from fedml_core.dense import _FEWEST, _NAME, _product
+from clients.per_example import lengths, weighted
+from fedml_core.dense import product
 
-__all__ = ["Lookup", "Outer", "Piece", "Positions", "Rows", "joined", "product"]
+__all__ = ["Lookup", "Outer", "Piece", "Positions", "Rows", "joined"]
 
-# Of the terms that a sum over positions may cancel to nothing, while their rounding stays; see Positions.squares.
+# Of the terms that a sum over positions may cancel to nothing, while their rounding stays; see Positions.norms.
 _ROUNDING = 2.0**-20
+# What a float32 norm can miss of each number: squares below 2^-126 vanish, and so do products of two such numbers.
+_SQUARE_MISSES, _PRODUCT_MISSES = 2.0**-62, 2.0**-52
 
 
 class Piece(Protocol):
     """The gradients of n examples with respect to one parameter, by one use of it."""
 
-    def squares(self) -> Tensor:
-        """Return the squared norms (n,)."""
+    def norms(self) -> Tensor:
+        """Return the norms (n,), never too small by more than clipping stays inside by."""
         ...
 
     def total(self, factors: Tensor) -> Tensor:
@@ -45,9 +48,13 @@ class Rows:
 
     gradients: Tensor = field(repr=False)
 
-    def squares(self) -> Tensor:
-        """Return the squared norms."""
-        return _square(self.gradients.reshape(len(self.gradients), -1))
+    def norms(self) -> Tensor:
+        """Return the norms."""
+        return self._norms
+
+    @cached_property
+    def _norms(self) -> Tensor:
+        return lengths(self.gradients)
 
     def total(self, factors: Tensor) -> Tensor:
         """Return the weighted sum."""
@@ -60,22 +67,25 @@ class Rows:
 
 @dataclass(frozen=True)
 class Outer:
-    """Products of a column (n, o) and a row (n, p)."""
+    """Products of a column (n, o) and a row (n, p). The columns are a bias's gradients, too."""
 
-    columns: Tensor = field(repr=False)
+    columns: Rows = field(repr=False)
     across: Tensor = field(repr=False)
 
-    def squares(self) -> Tensor:
-        """Return the products of the squared norms."""
-        return _square(self.columns) * _square(self.across)
+    def norms(self) -> Tensor:
+        """Return the products of the norms; rounded up, for a tiny norm may be multiplied by a huge one."""
+        width, length = self.columns.gradients.shape[1], self.across.shape[1]
+        ours: Tensor = self.columns.norms() + width**0.5 * _SQUARE_MISSES
+        theirs: Tensor = lengths(self.across) + length**0.5 * _SQUARE_MISSES
+        return ours * theirs
 
     def total(self, factors: Tensor) -> Tensor:
         """Return one product for all."""
-        return product((self.columns * factors.unsqueeze(1)).t(), self.across.t())
+        return product((self.columns.gradients * factors.unsqueeze(1)).t(), self.across.t())
 
     def rows(self) -> Tensor:
         """Return the products."""
-        return self.columns.unsqueeze(2) * self.across.unsqueeze(1)
+        return self.columns.gradients.unsqueeze(2) * self.across.unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -85,11 +95,11 @@ class Positions:
     columns: Tensor = field(repr=False)
     across: Tensor = field(repr=False)
 
-    def squares(self) -> Tensor:
-        """Return the squared norms, from the products of positions; rounded up, for the terms may cancel."""
+    def norms(self) -> Tensor:
+        """Return the norms, from the products of positions; rounded up, for the terms may cancel, or vanish."""
         found = (_gram(self.columns) * _gram(self.across)).sum(dim=(1, 2))
-        most: Tensor = torch.linalg.vector_norm(self.columns, dim=2) * torch.linalg.vector_norm(self.across, dim=2)
-        return found.clamp_min(0) + _ROUNDING * most.sum(dim=1).square()
+        most = (_at_least(self.columns) * _at_least(self.across)).sum(dim=1)
+        return (found.clamp_min(0) + _ROUNDING * most.square()).sqrt()
 
     def total(self, factors: Tensor) -> Tensor:
         """Return one product for all."""
@@ -109,12 +119,12 @@ class Lookup:
     gradients: Tensor = field(repr=False)
     size: int
 
-    def squares(self) -> Tensor:
-        """Return the squared norms; positions that looked up the same row add up in it. Rounded up as Positions."""
+    def norms(self) -> Tensor:
+        """Return the norms; positions that looked up the same row add up in it. Rounded up as Positions."""
         same = (self.indices.unsqueeze(1) == self.indices.unsqueeze(2)).to(self.gradients.dtype)
         found = (_gram(self.gradients) * same).sum(dim=(1, 2))
         most: Tensor = torch.linalg.vector_norm(self.gradients, dim=2)
-        return found.clamp_min(0) + _ROUNDING * most.sum(dim=1).square()
+        return (found.clamp_min(0) + _ROUNDING * most.sum(dim=1).square()).sqrt()
 
     def total(self, factors: Tensor) -> Tensor:
         """Return the table's gradient."""
@@ -135,21 +145,10 @@ def joined(pieces: Sequence[Piece]) -> Piece:
     return Rows(torch.stack([piece.rows().flatten(1) for piece in pieces]).sum(dim=0))
 
 
-def product(rows: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return rows (n, k) times columns (m, k) transposed, plus the bias; by oneDNN where `quick_dense` takes it."""
-    large = rows.numel() * len(columns) >= _FEWEST
-    if large and rows.dtype == torch.float32 and rows.device.type == "cpu" and _has_product():
-        return _product(rows, columns, bias)
-    return torch.nn.functional.linear(rows, columns, bias)
-
-
-def _has_product() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, _NAME)
-
-
-def _square(rows: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms.square()
+def _at_least(rows: Tensor) -> Tensor:
+    """Return the norms (n, t) of rows (n, t, w), rounded up by what can vanish."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=2)
+    return norms.add_(rows.shape[2] ** 0.5 * _PRODUCT_MISSES)
 
 
 def _gram(rows: Tensor) -> Tensor:

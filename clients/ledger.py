@@ -8,7 +8,7 @@ Guarantees: a ledger that cannot be written or believed is a refusal, and nothin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from fedml_core.data import Data, Examples
 from fedml_core.errors import CheckpointError, RefusalError
 from fedml_core.privacy.budget import Accountant, Budget
 from fedml_core.privacy.ledger import Account, Entry, Ledger, Purpose
+
+if TYPE_CHECKING:
+    from fedml_core.privacy.accounting import Claim
 
 __all__ = ["LEDGER_FILE", "NOISE", "Books", "ledger_of"]
 
@@ -58,6 +61,16 @@ class Books:
         except CheckpointError as error:
             raise _unusable(error) from error
         return [entry for entry in entries if entry.run == run and entry.dataset == self.dataset]
+
+    def spent(self, unit: str, run: str) -> Claim:
+        """Return what one run has cost this site's data, at its budget's delta.
+
+        Raises: RefusalError: if the ledger cannot be used. PrivacyError: if nothing accounts for what it holds.
+        """
+        try:
+            return self.ledger.spent(self.account(unit), self.table.delta, run=run)
+        except CheckpointError as error:
+            raise _unusable(error) from error
 
     def reserve(self, event: Mapping[str, Any] | None, unit: str, purpose: Purpose) -> None:
         """Return once the release is in the ledger.

@@ -25,7 +25,7 @@ from clients.per_example import (
     kept,
     trainable,
 )
-from clients.per_example import unclipped as unclipped_of
+from clients.recorded_layers import linear_pieces
 from fedml_core.minibatches import Batch
 
 __all__ = ["OpacusGhost", "OpacusHooks"]
@@ -77,6 +77,8 @@ class OpacusGhost:
         from opacus.grad_sample import GradSampleHooksFastGradientClipping
 
         self._hooks = _made(GradSampleHooksFastGradientClipping, self._module, loss_reduction="sum")
+        # Opacus's own norms of dense layers are too small where terms cancel or vanish, and it has none for 4-d inputs.
+        self._hooks.NORM_SAMPLERS = {**self._hooks.NORM_SAMPLERS, nn.Linear: _dense_norms}
         with _held(self._hooks, self._parameters):
             yield
 
@@ -98,10 +100,13 @@ class OpacusGhost:
                 return Clipped([torch.zeros_like(parameter) for parameter in self._parameters])
             return self.clipped(kept(batch, finite), clip)
         factors = clip.factors(norms)
+        unknown = [parameter for parameter in self._parameters if not hasattr(parameter, "_norm_sample")]
         self._again(torch.dot(losses, factors[0].to(losses.dtype)))
+        if any(bool((parameter.grad != 0).any()) for parameter in unknown):
+            raise UnsuitedError("Opacus gives no norms for a parameter that examples move; take another way")
         sums = [parameter.grad.clone() for parameter in self._parameters]
         _forget(self._module, self._parameters)
-        return Clipped(sums, unclipped_of(factors))
+        return Clipped(sums, factors)
 
     def _again(self, loss: Tensor) -> None:
         for parameter in self._parameters:
@@ -114,6 +119,11 @@ class OpacusGhost:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+
+
+def _dense_norms(layer: nn.Linear, inputs: list[Tensor], gradient: Tensor) -> dict[nn.Parameter, Tensor]:
+    found = linear_pieces(layer, inputs[0].to(gradient.dtype), gradient)
+    return {parameter: piece.norms() for parameter, piece in found.items()}
 
 
 def _made(kind: Any, module: nn.Module, **arguments: Any) -> Any:

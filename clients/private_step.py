@@ -46,7 +46,7 @@ class PrivateSteps:
         """
         rows = poisson_rows(self._sample, examples, self.private.sampling_rate)
         total, unclipped = self._sum(rows, self.private.clipping.clip(self._norm))
-        noised = self.noise.added(total, self._norm).div_(self.denominator)
+        noised = self.noise.added(total, self._norm, self.denominator)
         self._adapt(unclipped - len(rows) / 2)
         start = 0
         for parameter in self.steering.parameters:
@@ -55,15 +55,16 @@ class PrivateSteps:
         self.steering.apply()
 
     def _sum(self, rows: Tensor, clip: Clip) -> tuple[Tensor, int]:
-        """Return the clipped sum as one vector, and how many examples needed no clipping."""
-        total, unclipped = _zeros(self.steering.parameters), 0
+        """Return the clipped sum as one vector, and how many examples needed no clipping if that is counted."""
+        total, unclipped = None, 0
         for part in rows.split(self.private.max_physical_batch) if len(rows) else ():
             self.begin(self._number)
             self._number += 1
             found = self.mode.clipped(self._padded(part), clip)
-            total += torch.cat([summed.reshape(-1) for summed in found.sums])
-            unclipped += found.unclipped
-        return total, unclipped
+            joined = torch.cat([summed.reshape(-1) for summed in found.sums])
+            total = joined if total is None else _wide(total).add_(joined)
+            unclipped += found.unclipped if clip.counted else 0
+        return (_zeros(self.steering.parameters) if total is None else total), unclipped
 
     def _padded(self, rows: Tensor) -> Batch:
         """Return the batch of the examples at `rows`, with some that weigh nothing so that batches have few sizes.
@@ -94,6 +95,11 @@ def padding(count: int) -> int:
     """
     unit = 1 << max(0, count.bit_length() - 4)
     return -count % unit
+
+
+def _wide(total: Tensor) -> Tensor:
+    """Return the sum in float64, where parts are added up without rounding to speak of; Apple's GPUs have none."""
+    return total if total.device.type == "mps" else total.to(torch.float64)
 
 
 def _zeros(parameters: Sequence[nn.Parameter]) -> Tensor:

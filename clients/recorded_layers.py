@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clients.gradient_pieces import Lookup, Outer, Piece, Positions, Rows, product
+from clients.gradient_pieces import Lookup, Outer, Piece, Positions, Rows
 from clients.per_example import UnsuitedError
+from fedml_core.dense import product
 from fedml_core.replaced_forward import has_forward_of
 
-__all__ = ["Recording", "recorded_forward"]
+__all__ = ["Recording", "linear_pieces", "recorded_forward"]
 
 Pieces = dict[nn.Parameter, Piece]
 
@@ -117,9 +118,11 @@ def _linear_back(layer: nn.Linear, inputs: Tensor, gradient: Tensor) -> Tensor:
     return product(gradient, layer.weight.t()) if gradient.dim() == 2 else gradient @ layer.weight
 
 
-def _linear_pieces(layer: nn.Linear, inputs: Tensor, gradient: Tensor) -> Pieces:
+def linear_pieces(layer: nn.Linear, inputs: Tensor, gradient: Tensor) -> Pieces:
+    """Return what a dense layer's parameters get from one use, given what came in and what came back."""
     if inputs.dim() == 2:
-        return _held(layer, {"weight": lambda: Outer(gradient, inputs), "bias": lambda: Rows(gradient)})
+        back = Rows(gradient)
+        return _held(layer, {"weight": lambda: Outer(back, inputs), "bias": lambda: back})
     columns, across = gradient.flatten(1, -2), inputs.flatten(1, -2)
     return _held(layer, {"weight": lambda: _positions(columns, across), "bias": lambda: Rows(columns.sum(dim=1))})
 
@@ -208,7 +211,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, *_INSTANCE_NORMS)
 _RULES: dict[type[nn.Module], _Rule] = {
-    nn.Linear: _Rule(_linear, _linear_back, _linear_pieces),
+    nn.Linear: _Rule(_linear, _linear_back, linear_pieces),
     nn.Embedding: _Rule(_embedding, lambda *_: None, _embedding_pieces),
     **{kind: _Rule(_convolution, _convolution_back, _convolution_pieces) for kind in _CONVOLUTIONS},
     **{kind: _Rule(_scaling, _scaling_back, _scaling_pieces) for kind in _NORMS},

@@ -144,7 +144,7 @@ class ReplayCounter:
             for draft in self._path.parent.glob(f".{self._path.name}.{_DRAFTS}"):
                 draft.unlink()
             private_files.replace(self._path, private_files.to_json(content), private_files.SECRET)
-            _sync_folder(self._path.parent)
+            private_files.sync_folder(self._path.parent)
         except (ConfigError, OSError) as error:
             raise _refusal("this site's replay counter cannot be written; see to the disk of its memory") from error
 
@@ -163,16 +163,6 @@ def _lock(handle: int) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise _refusal("another process of this site is at its replay counter; run one client at a time") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    # Without it a power cut could undo the rename. Windows cannot open folders.
-    if sys.platform != "win32":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _content(seen: _Seen) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def serve_site(console: Console, path: Path, connection: Connection) -> None:
         connection.client(config).serve(service.handle, service.stop, console.note)
         facts = service.outcome()
         console.say(f"the server says goodbye: {facts['goodbye']}; {_answered(facts)}")
+        if facts["trained"]:
+            console.say(service.account)
         console.result({**facts, **service.summary, "server": connection.server})
 
 

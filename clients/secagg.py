@@ -8,7 +8,6 @@ Trust: server sees only masked vectors.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from clients.secure_entry import Attempts, check_noise, check_planned, read_para
 from clients.standing import Session, Standing
 from fedml_core.errors import SecureAggregationError
 from fedml_core.messages import Assignment, SecureAnswer, SecureWork
-from fedml_core.ring import Encoding, encoding_from_table, ring_rows
+from fedml_core.ring import Encoding, encoding_from_table, ring_rows, summed
 from fedml_core.secagg.client import ComplaintError
 from fedml_core.secagg.secrets import Secret
 from fedml_core.update import Update
@@ -89,14 +88,7 @@ class SecureMember:
         standing, parameters = self._standing, read_parameters(self._standing, assignment, text)
         encoding = encoding_from_table(parameters.encoding, parameters.bits)
         self._attempts.begin(parameters)
-        session = standing.open_session(
-            parameters,
-            standing.member,
-            standing.roster,
-            standing.sign,
-            verify=standing.verify,
-            threads=standing.threads,
-        )
+        session = standing.open_session(parameters, standing.party)
         self._held[parameters.context] = _Held(session, encoding)
         return session.advertise()
 
@@ -167,7 +159,8 @@ class SecureMember:
             return self._assisted.sum(context)
         held = self._find(context)
         parameters = held.session.parameters
-        return Sum(max(0, parameters.minimum - math.floor(parameters.corrupt_share * held.members)))
+        honest = parameters.minimum - parameters.corrupt(held.members)
+        return Sum(max(0, honest), summed(held.encoding))
 
     @property
     def busy(self) -> bool:

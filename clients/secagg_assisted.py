@@ -22,7 +22,7 @@ from clients.secure_entry import Attempts, check_noise, check_planned, read_para
 from clients.standing import Standing
 from fedml_core.errors import SecureAggregationError
 from fedml_core.messages import Assignment, SecureAnswer
-from fedml_core.ring import Encoding, encoding_from_table, ring_rows
+from fedml_core.ring import Encoding, encoding_from_table, ring_rows, summed
 from fedml_core.secagg.assistance import Assistance
 from fedml_core.secagg.assistant import AssistantSession
 from fedml_core.secagg.assisted import Panel
@@ -109,7 +109,8 @@ class AssistedMember:
         """
         held = self._find(context)
         parameters = held.session.parameters
-        return Sum(max(0, parameters.minimum - parameters.corrupt(held.encoding.clients)))
+        honest = parameters.minimum - parameters.corrupt(held.encoding.clients)
+        return Sum(max(0, honest), summed(held.encoding))
 
     def open(self, assignment: Assignment, parts: Parts) -> SecureAnswer | None:
         """Begin a contribution, after everything that can be checked before training; there is no complaint here."""
@@ -117,6 +118,7 @@ class AssistedMember:
             earlier.session.wipe()
         self._contributing.clear()
         parameters, assistance = self._admitted(assignment, parts)
+        self._standing.floor.check_assistants(assistance.assistants)
         standing, reserved = self._standing, assistance.within({})
         table = {name: value for name, value in parameters.encoding.items() if name not in reserved}
         encoding = encoding_from_table(table, parameters.bits)
@@ -124,14 +126,7 @@ class AssistedMember:
         check_planned(encoding, assignment)
         self._attempts.begin(parameters)
         panel = standing.read_panel(parameters, parts["panel"], standing.roster, standing.verify)
-        session = AssistedClient(
-            parameters,
-            standing.member,
-            standing.roster,
-            standing.sign,
-            verify=standing.verify,
-            threads=standing.threads,
-        )
+        session = AssistedClient(parameters, standing.party)
         self._contributing[parameters.context] = _Contributing(session, panel, encoding)
         return None
 
@@ -171,14 +166,7 @@ class AssistedMember:
         if standing.member not in assistance.assistants:
             raise SecureAggregationError(f"client {standing.member} is no assistant of this sum")
         self._assists.begin(parameters)
-        session = AssistantSession(
-            parameters,
-            standing.member,
-            standing.roster,
-            standing.sign,
-            verify=standing.verify,
-            threads=standing.threads,
-        )
+        session = AssistantSession(parameters, standing.party)
         self._assisting[parameters.context] = _Assisting(session)
         return SecureAnswer({"advert": session.advertise()})
 

@@ -32,16 +32,8 @@ from safetensors import SafetensorError
 from clients.secure_sessions import Caller, SecureSessions, Train, refuse_plainly
 from fedml_core import private_files
 from fedml_core.errors import ChannelError, ConfigError, FedveilError, RefusalError, ReplyError
-from fedml_core.messages import (
-    Assignment,
-    Failure,
-    Refusal,
-    Reply,
-    assignment_from_frame,
-    assignment_to_frame,
-    reply_from_frame,
-    reply_to_frame,
-)
+from fedml_core.message_frames import assignment_from_frame, assignment_to_frame, reply_from_frame, reply_to_frame
+from fedml_core.messages import Assignment, Failure, Refusal, Reply
 from fedml_core.untrusted import as_text, as_whole
 from fedml_core.update import Update
 from fedml_core.wire import Frame, from_frame, to_frame

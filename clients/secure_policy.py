@@ -2,10 +2,12 @@
 
 Guarantees: a server that asks for a smaller cohort, a lower threshold or less mistrust than the site.toml says is
     refused, with both numbers; nothing that a server sends changes what the site demands.
+Guarantees: where the site.toml lists assistants, it contributes to no sum whose masks anybody else would take off.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clients.replay import ReplayCounter
@@ -68,6 +70,21 @@ class CohortFloor:
             least = self.policy.minimum_threshold
             raise _too_little("minimum_threshold", f"shows a cohort whose threshold is {threshold}", least)
 
+    def check_assistants(self, assistants: Sequence[int]) -> None:
+        """Check who would take the masks off a sum that this site contributes to, before any key is made.
+
+        Raises: RefusalError: with rule "assistants", if one of them is not among those that this site trusts.
+        """
+        trusted = self.policy.assistants
+        if trusted is None:
+            return
+        if strangers := [one for one in assistants if one not in trusted]:
+            raise RefusalError(
+                "assistants",
+                f"the server names the assistants {_numbers(assistants)}, this site's assistants are "
+                f"{_numbers(trusted) or 'none'}; it must do without {_numbers(strangers)}",
+            )
+
 
 def pinned_roster(config: SiteConfig, identity: bytes, counter: ReplayCounter) -> PinnedRoster:
     """Return the roster that a site.toml pins, once it is certain that it is the operator's newest that was ever seen.
@@ -99,6 +116,10 @@ def check_roster(parameters: Parameters, roster: PinnedRoster) -> None:
             f"the server goes by the roster {parameters.roster[:16] or 'of nobody'}, this site pins "
             f"{roster.digest[:16]} of serial {roster.serial}; both need the operator's newest roster",
         )
+
+
+def _numbers(members: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(members)))
 
 
 def _too_little(rule: str, asked: str, least: float) -> RefusalError:

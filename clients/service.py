@@ -10,17 +10,19 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clients.client import Client, Trainer
 from clients.gate import Gate
 from clients.memory import FileMemory
+from clients.redaction import only_ours, redacted
+from clients.site_account import account_text, finite_claim
 from clients.standing import Standing
 from clients.torch_trainer import TorchTrainer
 from fedml_core.config import SiteConfig
 from fedml_core.data import ClientData
 from fedml_core.devices import choose_device
-from fedml_core.errors import ConfigError, FedveilError, RefusalError, ReplyError, RunError, TaskError
+from fedml_core.errors import ConfigError, FedveilError, RunError, TaskError
 from fedml_core.forward import guarded
 from fedml_core.handshake import (
     Goodbye,
@@ -31,21 +33,16 @@ from fedml_core.handshake import (
     greeting_from_frame,
     greeting_to_frame,
 )
-from fedml_core.loading import place_in_task
-from fedml_core.messages import (
-    Assignment,
-    Failure,
-    Refusal,
-    Reply,
-    SecureAnswer,
-    assignment_from_frame,
-    reply_to_frame,
-)
+from fedml_core.message_frames import assignment_from_frame, reply_to_frame
+from fedml_core.messages import Assignment, Failure, Refusal, Reply, SecureAnswer
 from fedml_core.task import Task
 from fedml_core.update import Update
 from fedml_core.wire import Frame, from_frame
 
-__all__ = ["SiteService", "redacted"]
+if TYPE_CHECKING:
+    from fedml_core.privacy.accounting import Claim
+
+__all__ = ["SiteService"]
 
 _WORK = ("train", "evaluate", "secure")
 _PARTS_OF_AN_UPDATE = frozenset({"masked", "contribution"})  # an assistant sends a vector, too, and trains nothing
@@ -112,19 +109,33 @@ class SiteService:
     def summary(self) -> Mapping[str, Any]:
         """Return what this site did under the names that every run's summary has, as far as one site knows.
 
-        `metrics`: the last of its own training and evaluation. `seconds`: of work. Bytes are message bodies.
+        `metrics`: the last of its own training and evaluation. `protection`: of its last update. `epsilon`, `privacy`:
+        what its own ledger says that the run has cost its data. `seconds`: of work. Bytes are message bodies.
         """
+        claim = self._claim()
         return {
             "rounds": self._counts["trained"],
             "clients": 1,
             "metrics": self._metrics,
-            "protection": "none",
-            "epsilon": None,
+            "protection": self._gate.protection,
+            "epsilon": None if claim is None else claim.epsilon,
+            "privacy": None if claim is None else claim.to_json(),
             "seconds": round(self._seconds, 3),
             **self._bytes,
             "engine": "fleet",
             "out": None,
         }
+
+    @property
+    def account(self) -> str:
+        """Return in one line what protected this site in the run, and what that has cost."""
+        return account_text(self._gate.protection, self._claim())
+
+    def _claim(self) -> Claim | None:
+        def tell(error: FedveilError) -> None:
+            self._tell(error, f"what was spent cannot be said: {error}")
+
+        return finite_claim(self._gate, None if self._run is None else self._run.hello.run, tell)
 
     def outcome(self) -> Mapping[str, Any]:
         """Return what this site did in a run that is over.
@@ -242,7 +253,7 @@ class SiteService:
         number = int(tree["round"])
         self._counts["failed"] += 1
         self._tell(error, f"round {number}: the assignment cannot be used: {error}")
-        reason = str(error) if isinstance(error, FedveilError) and _is_ours(error) else type(error).__name__
+        reason = str(error) if isinstance(error, FedveilError) and only_ours(error) else type(error).__name__
         body = Failure("assignment", f"this site cannot use the assignment: {reason}")
         return reply_to_frame(Reply(run.hello.run, number, self._config.id, run.trainer.spec.fingerprint, body))
 
@@ -288,24 +299,3 @@ class SiteService:
         self._say(line)
         if self._on_error is not None:
             self._on_error(error)
-
-
-def redacted(error: FedveilError) -> str:
-    """Return what a server may know of an error: our own words where only they can be in it, else classes.
-
-    Guarantees: no text of the user's own code, and no path.
-    """
-    if isinstance(error, ReplyError | RefusalError) and _is_ours(error):
-        return str(error)
-    cause = error.__cause__
-    names = type(error).__name__ if cause is None else f"{type(error).__name__} from {type(cause).__name__}"
-    return f"{names}; the site's own log says more"
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Return whether no line of the user's own code had a part in an error's words."""
-    causes: list[BaseException] = []
-    while error not in causes:
-        causes.append(error)
-        error = error.__cause__ or error
-    return all(place_in_task(cause) is None for cause in causes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,8 +10,9 @@ from fedml_core.binding import binding_of
 from fedml_core.messages import Assignment
 from fedml_core.secagg.assisted import Panel
 from fedml_core.secagg.bulletin import Bulletin, Verify, verify
-from fedml_core.secagg.client import ClientSession, Sign
+from fedml_core.secagg.client import ClientSession
 from fedml_core.secagg.parameters import Parameters
+from fedml_core.secagg.party import Party, Sign
 from fedml_core.secagg.unmasked import UnmaskedClientSession
 
 __all__ = ["Counter", "Floor", "Session", "Standing"]
@@ -44,6 +45,10 @@ class Floor(Protocol):
         """Raise RefusalError if so many members with such a threshold are too few."""
         ...
 
+    def check_assistants(self, assistants: Sequence[int]) -> None:
+        """Raise RefusalError if one of them may not assist in a sum of this site's updates."""
+        ...
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -67,3 +72,8 @@ class Standing:
     read_panel: ReadPanel = Panel.read
     bind: Callable[[Assignment], bytes] = binding_of
     open_session: Callable[..., Session] = ClientSession
+
+    @property
+    def party(self) -> Party:
+        """Return who this client is to its sessions."""
+        return Party(self.member, self.roster, self.sign, self.verify, self.threads)

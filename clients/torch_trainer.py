@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from clients.descent import SGD, sgd_of
+from clients.around_steps import optimizer_of, steering_of, update_of
 from clients.local_step import LocalStep, Steering
-from clients.optimizers import OptimizerFactory, make_optimizer
+from clients.optimizers import OptimizerFactory
 from fedml_core.data import Data
 from fedml_core.dense import quick_dense
 from fedml_core.devices import deterministic_torch, gradient_scaler, precision_context, seeded_torch
 from fedml_core.dropout import KeyedDropout, purpose_and_stream
-from fedml_core.errors import StrategyError
 from fedml_core.evaluation import Evaluator
 from fedml_core.forward import Forward, Tally
 from fedml_core.memory_layout import MemoryLayout, ordered_gradients
@@ -131,7 +129,8 @@ class TorchTrainer:
             start = self._bench.load(parameters, when)
             self._bench.module.train()
             tally = Tally(self._bench.device)
-            step = self._local_step(training, round_number, self._steering(start, guide, training), tally)
+            steering = steering_of(self._bench.module, self.spec, start, guide, training.max_gradient_norm)
+            step = self._local_step(training, round_number, steering, tally)
             orders = training_order(training, key, len(data), skip_single=has_batch_norm(self._bench.module))
             processed = 0
             try:
@@ -146,9 +145,7 @@ class TorchTrainer:
         # All processed examples can weigh 0 where `steps` ends before the others come: their mean is then 0.
         scale = total / (sums.pop("examples", float(processed)) or 1.0)
         sums = {"examples": total, **{name: value * scale for name, value in sums.items()}}
-        return Update(
-            values.cpu(), _number(1.0), _numbers(sums), _numbers({"steps": step.steps, "step_size": step.step_size})
-        )
+        return update_of(values, sums, {"steps": step.steps, "step_size": step.step_size})
 
     def evaluate(self, parameters: Tensor, data: Data, batch_size: int = 256) -> dict[str, float]:
         """Return summed metrics, as `fedml_core.evaluation.Evaluator` does."""
@@ -163,43 +160,11 @@ class TorchTrainer:
         forward = Forward(
             self._bench.task, self._bench.module, when, precision_context(training.precision, self._bench.device)
         )
-        optimizer: Optimizer | SGD | None = None
-        if self._optimizer is None:
-            optimizer = sgd_of(training, round_number, steering.parameters)
-        if optimizer is None:
-            optimizer = make_optimizer(training, round_number, steering.parameters, self._optimizer)
+        optimizer = optimizer_of(training, round_number, steering.parameters, self._optimizer)
         scaler = gradient_scaler(training.precision, self._bench.device)
         return LocalStep(forward, optimizer, steering, tally=tally, when=when, scaler=scaler)
-
-    def _steering(self, start: Tensor, guide: Guide, training: Training) -> Steering:
-        named = dict(self._bench.module.named_parameters())
-        parameters = [named[tensor.name] for tensor in self.spec.parameters]
-        offset, count = guide.offset, self.spec.parameter_count
-        if offset is not None and offset.shape != (count,):
-            raise StrategyError(f"a guide's offset must have shape ({count},), got {tuple(offset.shape)}")
-        return Steering(
-            parameters,
-            guide.mu,
-            self._parts(start, parameters) if guide.mu or offset is not None else [],
-            [] if offset is None else self._parts(offset.to(self._bench.device), parameters),
-            training.max_gradient_norm,
-        )
-
-    def _parts(self, vector: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-        return [
-            vector[tensor.offset : tensor.offset + tensor.size].view(tensor.shape).to(parameter.dtype)
-            for tensor, parameter in zip(self.spec.parameters, parameters, strict=True)
-        ]
 
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Return whether `module` has a BatchNorm that normalises by its batch, which one example alone has not."""
     return any(isinstance(part, _BATCH_NORMS) and part.training for part in module.modules())
-
-
-def _number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def _numbers(values: Mapping[str, float]) -> dict[str, Tensor]:
-    return {name: _number(value) for name, value in values.items()}

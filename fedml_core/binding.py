@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 
 from fedml_core.errors import SecureAggregationError
-from fedml_core.messages import Assignment, SecureWork, TrainWork, assignment_to_frame
+from fedml_core.message_frames import assignment_to_frame
+from fedml_core.messages import Assignment, SecureWork, TrainWork
 
 __all__ = ["binding_of"]
 

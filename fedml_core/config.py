@@ -66,6 +66,7 @@ def _operator(digits: str) -> str:
 Operator = Annotated[str, AfterValidator(_operator)]
 """An operator's public key, as hex."""
 Share = Annotated[float, Field(ge=0, le=1)]
+Member = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -113,6 +114,8 @@ class ClientsTable(_Table):
     """How the task's pooled examples are shared out; see `fedveil list partitioners`."""
     holdout: float = Field(default=0.0, ge=0, lt=1)
     """The share of its examples that each client keeps aside for evaluation."""
+    examples: ExampleTable | None = None
+    """How every simulated client protects its examples, as a real site's site.toml says for itself."""
 
 
 class EvaluationTable(_Table):
@@ -245,6 +248,8 @@ class SecureAggregationTable(_Table):
     """Whether to believe that the server follows the protocol, where it asks for that."""
     maximum_attempts: int = Field(default=3, ge=1)
     """How often a round may be tried."""
+    assistants: list[Member] | None = None
+    """Whom this site trusts to assist in one-shot sums, by client numbers; by default everybody on the roster."""
 
     @model_validator(mode="after")
     def _can_be_met(self) -> Self:

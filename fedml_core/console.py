@@ -21,11 +21,36 @@ from fedml_core.errors import FedveilError
 from fedml_core.loading import place_in_task
 from fedml_core.strict_json import json_value
 
-__all__ = ["AsJson", "Console", "Debug", "Quiet", "command"]
+__all__ = [
+    "AsJson",
+    "Changes",
+    "Console",
+    "Debug",
+    "Out",
+    "Overwrite",
+    "Plots",
+    "Quiet",
+    "Resume",
+    "Rounds",
+    "RunFile",
+    "Seed",
+    "command",
+]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing unless something goes wrong.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+RunFile = Annotated[Path, typer.Argument(help="The run.toml, or the folder that holds it.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the run.toml; repeatable.")
+]
+Rounds = Annotated[int | None, typer.Option(help="Rounds in all, resumed ones included.")]
+Seed = Annotated[int | None, typer.Option(help="Of everything that must reproduce.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for history, report and plots.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")]
+Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the plots.")]
 
 INTERRUPTED = 130
 

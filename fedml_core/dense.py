@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from fedml_core.replaced_forward import has_forward_of, replaced_forwards
 
-__all__ = ["quick_dense"]
+__all__ = ["product", "quick_dense"]
 
 # Multiplications of a forward pass below which a step spends more on the detour than it gains.
 _FEWEST = 1 << 21
@@ -27,13 +27,25 @@ def quick_dense(module: nn.Module, device: torch.device) -> AbstractContextManag
     Guarantees: results and gradients differ from torch's own by the order of float32 sums only; gradients of gradients
     work too. Other types than float32, autocast, and `torch.func` are left to torch.
     """
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, _NAME):
+    if device.type != "cpu" or not _has_product():
         return nullcontext()
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and has_forward_of(layer, nn.Linear)]
     return replaced_forwards({layer: partial(_forward, layer) for layer in layers})
 
 
-_NAME = "_linear_pointwise"
+def product(rows: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return rows (n, k) times columns (m, k) transposed, plus the bias (m,), without a gradient to speak of.
+
+    By oneDNN on a CPU, for float32 and where it is worth the detour: the choice depends on shapes and types alone.
+    """
+    large = rows.numel() * len(columns) >= _FEWEST
+    if large and rows.dtype == torch.float32 and rows.device.type == "cpu" and _has_product():
+        return _product(rows, columns, bias)
+    return nn.functional.linear(rows, columns, bias)
+
+
+def _has_product() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
@@ -74,10 +86,10 @@ class _Dense(torch.autograd.Function):
         (gradient,) = gradients
         of_inputs, of_weight, of_bias = ctx.needs_input_grad
         # Under create_graph, this pass is itself differentiated, which oneDNN's product is not.
-        product = (lambda rows, columns: rows @ columns.t()) if torch.is_grad_enabled() else _product
+        times = (lambda rows, columns: rows @ columns.t()) if torch.is_grad_enabled() else _product
         rows = gradient.reshape(-1, gradient.shape[-1]).contiguous()
         return (
-            product(rows, weight.t()).view(inputs.shape) if of_inputs else None,
-            product(rows.t(), inputs.reshape(-1, inputs.shape[-1]).t()) if of_weight else None,
+            times(rows, weight.t()).view(inputs.shape) if of_inputs else None,
+            times(rows.t(), inputs.reshape(-1, inputs.shape[-1]).t()) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )

@@ -89,7 +89,7 @@ def fitting_threads(module: nn.Module) -> int | None:
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, for the next step to use; return whether the system can.
 
-    For processes of ours only, such as workers and the command: it holds for the whole process until it ends, which
+    For processes of ours only, such as workers: it holds for the whole process until it ends, which
     then never grows smaller than it once was. The system hands out fresh memory page by page, which for a convolutional
     model's activations and gradients takes up to a tenth of a step. Linux with glibc; nothing happens elsewhere.
     """

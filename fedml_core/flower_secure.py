@@ -20,7 +20,8 @@ from typing import Any
 from fedml_core import engine_guard  # noqa: F401 - its import sets Flower's switches, before Flower reads them
 from fedml_core.errors import ReplyError
 from fedml_core.flower_records import pack, unpack
-from fedml_core.messages import Assignment, assignment_from_frame
+from fedml_core.message_frames import assignment_from_frame
+from fedml_core.messages import Assignment
 from fedml_core.untrusted import as_text, as_whole, printable
 from fedml_core.wire import Frame
 

@@ -55,6 +55,20 @@ def replace(path: Path, content: bytes, mode: int) -> None:
         raise _unwritable(path, error) from error
 
 
+def sync_folder(folder: Path) -> None:
+    """Return once the folder's own list of files is on the disk; else a power cut could undo a rename.
+
+    Windows cannot open folders, and does not need it. Raises: OSError: if the disk fails.
+    """
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read(path: Path, what: str, limit_bytes: int = 1 << 24) -> bytes:
     """Return a file's bytes; `what` names it in errors.
 

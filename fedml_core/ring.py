@@ -22,7 +22,7 @@ from fedml_core.secagg.scalars import Count, Measure, Scalar
 from fedml_core.secagg.secrets import SecretBytes
 from fedml_core.update import Total, Update, check_update
 
-__all__ = ["Encoding", "RingSum", "encoding_from_table", "encoding_to_table", "ring_rows", "total_of"]
+__all__ = ["Encoding", "RingSum", "encoding_from_table", "encoding_to_table", "ring_rows", "summed", "total_of"]
 
 Encoding = RingEncoding | NoisedEncoding
 """What a secure sum's vectors mean: reals with their scalars, or integers to which each client added its noise."""
@@ -61,6 +61,11 @@ def _reals_from_table(table: Mapping[str, Any], bits: int) -> RingEncoding:
     return RingEncoding(
         table["clip"], table["clients"], bits=bits, max_weight=table["max_weight"], scalars=tuple(scalars)
     )
+
+
+def summed(encoding: Encoding) -> tuple[str, ...]:
+    """Return the names of what is summed beside the update; none where clients add noise."""
+    return tuple(scalar.name for scalar in encoding.scalars)
 
 
 def ring_rows(encoding: Encoding, update: Update, keys: Sequence[SecretBytes]) -> NDArray[Any]:

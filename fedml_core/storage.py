@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save as _save_tensors
 
 from fedml_core.errors import CheckpointError
+from fedml_core.private_files import sync_folder
 from fedml_core.strict_json import json_text
 from fedml_core.wire import Frame, Tree, from_frame, to_frame
 
@@ -66,23 +67,12 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, atomically."""
     write_atomically(path, (json_text(value, indent=2) + "\n").encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    # The rename itself must survive a power cut. Windows cannot open folders, and does not need it.
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(frame: Frame) -> str:

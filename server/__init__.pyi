@@ -3,6 +3,7 @@ from .checkpoint import load_checkpoint as load_checkpoint
 from .checkpoint import save_checkpoint as save_checkpoint
 from .coordinator import Coordinator as Coordinator
 from .flower import SecureFlowerStrategy as SecureFlowerStrategy
+from .flower_private import PrivateFlowerStrategy as PrivateFlowerStrategy
 from .history import History as History
 from .history import RunFolder as RunFolder
 from .history import read_history as read_history

@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedml_core.console import AsJson, Console, Debug, Quiet, command
+from fedml_core.console import (
+    AsJson,
+    Changes,
+    Console,
+    Debug,
+    Out,
+    Overwrite,
+    Plots,
+    Quiet,
+    Resume,
+    Rounds,
+    RunFile,
+    Seed,
+    command,
+)
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -145,7 +159,7 @@ def renew_server_keys(folder: Folder, hosts: Hosts, as_json: AsJson = False, deb
 
 @commands.command("server", epilog=_EXAMPLES)
 def serve(
-    run: Annotated[Path, typer.Argument(help="The run.toml, or the folder that holds it.")] = Path("run.toml"),
+    run: RunFile = Path("run.toml"),
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where; port 0 takes a free one.")
     ] = "127.0.0.1:8443",
@@ -155,15 +169,13 @@ def serve(
     key: Annotated[Path | None, typer.Option(help="Instead of its server-key.pem.")] = None,
     ca: Annotated[Path | None, typer.Option(help="Instead of its ca.pem.")] = None,
     roster: Annotated[Path | None, typer.Option(help="The file that lists the sites.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds in all, resumed ones included.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for history, report and plots.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything that must reproduce.")] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the run.toml; repeatable.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
-    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the plots.")] = True,
+    rounds: Rounds = None,
+    out: Out = None,
+    seed: Seed = None,
+    changes: Changes = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    plots: Plots = True,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,

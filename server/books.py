@@ -12,7 +12,7 @@ from fedml_core.privacy.terms import Terms
 from server.sampling import Sampling
 from strategies.strategy import Strategy
 
-__all__ = ["Events", "charged", "claim_of", "require_accountable"]
+__all__ = ["Events", "charged", "claim_of", "counted", "event_of", "require_accountable"]
 
 Events = Sequence[Mapping[str, Any]]
 """What was done so far: events, equal ones folded to `repeated`."""
@@ -20,11 +20,15 @@ Events = Sequence[Mapping[str, Any]]
 _STEPS = 2_000  # of the accountant's grid: a round's epsilon takes 40 ms so, and is at most 0.1 % above the finest
 
 
-def require_accountable(strategy: Strategy, sampling: Sampling, minimum_replies: int) -> None:
+def require_accountable(
+    strategy: Strategy, sampling: Sampling, minimum_replies: int, *, stops_by: str | None = None
+) -> None:
     """Refuse a plan whose rounds would not be as private as the strategy says.
 
+    Args: stops_by: the metric that ends the run early, such as "clients.loss".
     Raises: PrivacyError: if clients may come back before correlated noise allows it. ConfigError: if rounds with few
-        replies would be void, although noise is to hide who came.
+        replies would be void, although noise is to hide who came; if clients' exact metrics would decide how many
+        rounds are released.
     """
     terms = strategy.privacy()
     if terms is None:
@@ -39,6 +43,11 @@ def require_accountable(strategy: Strategy, sampling: Sampling, minimum_replies:
             f"minimum_replies must be 1 where noise is to hide who takes part, got {minimum_replies}: a void round "
             "would tell how many came"
         )
+    if stops_by is not None and not stops_by.startswith("server."):
+        raise ConfigError(
+            f"early_stopping.metric must be one of server.* under differential privacy, got {stops_by!r}: clients "
+            "report it exactly, so the number of rounds would tell what no noise covers"
+        )
 
 
 def charged(spent: Events, strategy: Strategy, sampling: Sampling, population: int) -> tuple[Events, Events]:
@@ -46,16 +55,24 @@ def charged(spent: Events, strategy: Strategy, sampling: Sampling, population: i
 
     Raises: PrivacyError: if the strategy is private and reports no event, or what it reports is none.
     """
-    terms, event = strategy.privacy(), strategy.pipeline().event()
+    terms = strategy.privacy()
     if terms is None:
         return spent, ()
-    if event is None:
-        raise PrivacyError(f"{type(strategy).__name__} claims privacy and reports no event; nothing can account for it")
+    event = event_of(strategy, terms, sampling, population)
     if terms.rounds is not None and spent:
         return spent, ()  # one event covers the whole run, and was charged with its first round
-    if terms.secret_cohort:
-        event = sampling.event(population, event)
-    return _with(spent, event), (event,)
+    return counted(spent, event), (event,)
+
+
+def event_of(strategy: Strategy, terms: Terms, sampling: Sampling, population: int) -> Mapping[str, Any]:
+    """Return what one round is to an accountant, or the whole run where `terms` are of one.
+
+    Raises: PrivacyError: if the strategy reports no event, or what it reports is none.
+    """
+    event = strategy.pipeline().event()
+    if event is None:
+        raise PrivacyError(f"{type(strategy).__name__} claims privacy and reports no event; nothing can account for it")
+    return sampling.event(population, event) if terms.secret_cohort else event
 
 
 def claim_of(spent: Events, terms: Terms, sampling: Sampling) -> Claim:
@@ -68,7 +85,8 @@ def claim_of(spent: Events, terms: Terms, sampling: Sampling) -> Claim:
     return Claim(epsilon, terms.delta, terms.unit, adjacency, sampling_of(folded), accountant)
 
 
-def _with(spent: Events, event: Mapping[str, Any]) -> Events:
+def counted(spent: Events, event: Mapping[str, Any]) -> Events:
+    """Return what was done so far, and `event` after it; equal ones are counted."""
     text, after, found = canonical(event), [], False
     for each in spent:
         same = canonical(each["event"]) == text

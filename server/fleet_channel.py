@@ -7,14 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fedml_core.errors import ReplyError, RunError
 from fedml_core.handshake import Goodbye, Hello, NotGreetedError, greeting_to_frame
-from fedml_core.messages import (
-    Arrival,
-    Assignment,
-    Failure,
-    Reply,
-    assignment_to_frame,
-    reply_from_frame,
-)
+from fedml_core.message_frames import assignment_to_frame, reply_from_frame
+from fedml_core.messages import Arrival, Assignment, Failure, Reply
 from server.fleet_letters import LinkFailure
 from server.reception import Back, FleetLink, Reception, say_nothing
 

@@ -24,7 +24,8 @@ from fedml_core.training import Training
 from fedml_core.update import Total
 from server.flower_channel import GridChannel, answers, number_in
 from server.gathering import Gathered, Order
-from server.secagg import SecureGathering, Witnesses
+from server.secagg import SecureGathering
+from server.secure_exchange import Witnesses
 from server.validation import averages
 from strategies.flower import FlowerStrategy
 from strategies.secure import SecAggPlus, SecureAggregation
@@ -152,6 +153,11 @@ class SecureFlowerStrategy(FlowerStrategy):
                 f"SecureFlowerStrategy takes a SecureAggregation, got {type(strategy).__name__}; wrap the strategy"
             )
         _protocol(strategy)
+        if strategy.privacy() is not None:
+            raise StrategyError(
+                f"{type(strategy.strategy).__name__} costs privacy, which every site must count in its own ledger, and "
+                "no site does in a Flower app; run it with fedveil's own clients"
+            )
         if strategy.strategy.protection() != "none":
             raise StrategyError(
                 f"{type(strategy.strategy).__name__} needs clients that are fedveil's own; run it with the fleet"

@@ -7,15 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fedml_core import engine_guard  # noqa: F401 - its import sets Flower's switches, before Flower reads them
 from fedml_core.errors import ReplyError
 from fedml_core.flower_secure import WITHOUT_MOD, Lesson, Packed, answered
-from fedml_core.messages import (
-    Arrival,
-    Assignment,
-    Failure,
-    Reply,
-    SecureWork,
-    assignment_to_frame,
-    reply_from_frame,
-)
+from fedml_core.message_frames import assignment_to_frame, reply_from_frame
+from fedml_core.messages import Arrival, Assignment, Failure, Reply, SecureWork
 from fedml_core.untrusted import printable
 from fedml_core.wire import Frame
 

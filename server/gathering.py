@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fedml_core.messages import Assignment, Channel, TrainWork, assignment_to_frame
+from fedml_core.message_frames import assignment_to_frame
+from fedml_core.messages import Assignment, Channel, TrainWork
 from fedml_core.model import ModelSpec
 from fedml_core.transform import State
 from fedml_core.update import Total
@@ -21,7 +22,8 @@ class Order:
     """What a round asks for.
 
     `assignment`: its training. `cohort`: who is asked; `next_cohort`: who will probably be asked in the next round.
-    `state`: the strategy's. `timeout_s`: of each exchange.
+    `state`: the strategy's. `timeout_s`: of each exchange. `again`: called before another sum of the round is taken
+    although one may have been opened; it counts what that costs, and refuses by raising FedveilError.
     """
 
     assignment: Assignment
@@ -29,6 +31,7 @@ class Order:
     state: State = field(default_factory=dict, repr=False)
     next_cohort: Sequence[int] = ()
     timeout_s: float | None = None
+    again: Callable[[], object] | None = field(default=None, repr=False)
 
     @property
     def train(self) -> TrainWork:

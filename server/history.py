@@ -18,6 +18,7 @@ from fedml_core.strict_json import json_text
 from server.checkpoint import FILE_NAME, RunState, load_checkpoint, save_checkpoint
 from server.plan import Plan
 from server.round import RoundReport
+from server.uncovered import over_rounds
 
 HISTORY, SUMMARY, PLOTS, TRANSCRIPT = "history.jsonl", "summary.json", "plots", "secagg.jsonl"
 
@@ -85,6 +86,10 @@ class RunFolder:
         if state.report is not None:
             _append(self._history, state.report)
 
+    def keep(self, state: RunState) -> None:
+        """Save the state of a round that is not over yet, so that a crash in it gives nothing back."""
+        save_checkpoint(self.folder, state, self._plan)
+
     def transcribe(self, attempt: Mapping[str, Any]) -> None:
         """Append what an attempt at a secure sum recorded, for whoever checks it later."""
         _append(self.folder / TRANSCRIPT, attempt)
@@ -122,7 +127,7 @@ def read_history(folder: Path) -> list[RoundReport]:
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
         try:
             reports.append(RoundReport.from_json(json.loads(line)))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ConfigError(f"{path}, line {number}: not a round report ({type(error).__name__})") from error
     return reports
 
@@ -139,7 +144,8 @@ def summarise(reports: Sequence[RoundReport], **facts: Any) -> dict[str, Any]:
         "metrics": metrics,
         "protection": last.protection if last else "none",
         "epsilon": last.epsilon if last else None,
-        "privacy": last.privacy if last else None,
+        "privacy": over_rounds(report.privacy for report in reports),
+        "example_privacy": over_rounds(report.example_privacy for report in reports),
         "seconds": round(sum(report.seconds for report in reports), 3),
         "bytes_up": sum(report.bytes_up for report in reports),
         "bytes_down": sum(report.bytes_down for report in reports),

@@ -1,12 +1,13 @@
 """The server's own books: every round that it begins under client-level privacy, on the disk before anybody is asked.
 
 Guarantees: a round is in the ledger before its cohort is drawn, and stays there if the round is void, or the server
-    dies and begins it again.
+    dies and begins it again; a resumed run's epsilon counts it, too.
 Guarantees: a round that would exceed the budget is not begun; the run ends with the numbers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,27 +27,44 @@ LEDGER_FILE = "ledger.sqlite"
 class RoundBooks:
     """Takes down the events of one run's rounds; a coordinator calls it when a round begins.
 
-    Args: started: the rounds that were done when this process took the run up. protection: as reports name it.
+    Args: protection: as reports name it.
     """
 
     def __init__(
-        self, ledger: Ledger, account: Account, run: str, *, started: int, protection: str, budget: Budget | None
+        self, ledger: Ledger, account: Account, run: str, *, protection: str, budget: Budget | None = None
     ) -> None:
         self._ledger, self._account, self._run = ledger, account, run
-        self._round, self._protection, self._budget = started, protection, budget
+        self._protection, self._budget = protection, budget
 
-    def __call__(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Write down one more round.
+    def __call__(self, events: Sequence[Mapping[str, Any]], round_number: int) -> None:
+        """Write down one more release of a round.
 
         Raises: RunError: if the budget does not allow it. CheckpointError: if the ledger cannot be used.
         """
-        self._round += 1
-        purpose = Purpose(self._run, "", self._round, self._protection)
+        purpose = Purpose(self._run, "", round_number, self._protection)
         for event in events:
             try:
                 self._ledger.reserve(event, self._account, purpose, budget=self._budget)
             except RefusalError as error:
-                raise RunError(f"round {self._round} is not begun, by the run's own budget: {error}") from error
+                raise RunError(f"round {round_number} is not begun, by the run's own budget: {error}") from error
+
+    def resumed(self, state: RunState) -> RunState:
+        """Return a checkpoint's state with everything that the ledger holds of its run.
+
+        A round that a crash cut off is in the ledger and in no checkpoint; its sum may have been seen.
+        Raises: CheckpointError: if the ledger cannot be used.
+        """
+        from server.books import counted  # loads the accountant, which runs without privacy do without
+
+        here = self._run, self._account.dataset
+        mine = [entry for entry in self._ledger.known() if (entry.run, entry.dataset) == here]
+        events = [entry.event for entry in mine if entry.event is not None]
+        if len(events) <= sum(int(each["count"]) for each in state.events):
+            return state
+        spent: Sequence[Mapping[str, Any]] = ()
+        for event in events:
+            spent = counted(spent, event)
+        return dataclasses.replace(state, events=spent)
 
 
 def ledger_path(config: RunConfig, folder: Path) -> Path:
@@ -66,5 +84,4 @@ def round_books(
     account = Account(config.ledger.dataset or "clients", terms.unit, adjacency)
     budget = Budget(**config.budget.model_dump()) if config.budget.limited else None
     ledger = Ledger(ledger_path(config, folder), head=head, cost=cost)
-    protection = plan.strategy.protection()
-    return RoundBooks(ledger, account, state.run, started=state.round, protection=protection, budget=budget)
+    return RoundBooks(ledger, account, state.run, protection=plan.strategy.protection(), budget=budget)

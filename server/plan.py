@@ -86,7 +86,8 @@ class Plan:
         if self.strategy.privacy() is not None:
             from server.books import require_accountable  # loads the accountant, which others do without
 
-            require_accountable(self.strategy, self.sampling, self.minimum_replies)
+            stops_by = None if self.early_stopping is None else self.early_stopping.metric
+            require_accountable(self.strategy, self.sampling, self.minimum_replies, stops_by=stops_by)
 
     def identity(self) -> Mapping[str, Any]:
         """Return what must be equal for a checkpoint to go on: everything that decides the model."""

@@ -10,12 +10,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fedml_core.errors import ConfigError
+from fedml_core.privacy.terms import epsilon_text
 from server.plots_labels import label_figure
 from server.plots_style import (
     BLACK,
@@ -37,6 +39,7 @@ from server.plots_style import (
     whole_ticks,
 )
 from server.plots_time import time_figure
+from server.uncovered import over_rounds, uncovered_text
 from server.wording import privacy_terms
 
 if TYPE_CHECKING:
@@ -166,11 +169,18 @@ def epsilon_figure(rounds: Rounds) -> Figure | None:
     figure = new_figure(_WIDE, PANEL_INCHES[1])
     axes = figure.add_subplot()
     axes.plot(list(spent), list(spent.values()), color=BLUE, marker="o" if len(spent) <= _FEW else "", markersize=4)
+    if examples := _of_examples(rounds):  # besides the clients of the curve above
+        axes.lines[0].set_label("client")
+        axes.plot(list(examples), list(examples.values()), color=GREEN, label="example")
     axes.set_ylim(bottom=0)
     grid(axes.yaxis)
     last = max(spent)
     terms = next((privacy_terms(row["privacy"]) for row in reversed(rounds) if row.get("privacy")), "")
-    title = f"Privacy spent: epsilon {spent[last]:.3g} after round {last:,}" + (f",\n{terms.strip()}" if terms else "")
+    title = f"Privacy spent: epsilon {epsilon_text(spent[last])} after round {last:,}" + (
+        f",\n{terms.strip()}" if terms else ""
+    )
+    beside = uncovered_text(over_rounds(row.get("privacy") for row in rounds))
+    title = "\n".join([title, *(plain(line, 90) for line in wrap(beside, 90)[:3])])
     _dress_rounds(axes, rounds, title, "epsilon so far")
     return figure
 
@@ -249,6 +259,12 @@ def _bars(curve: Curve, half: float) -> tuple[list[float], list[float]]:
 def _curve(rounds: Rounds, name: str) -> Curve:
     numbers = ((report["round"], _number(report.get(name))) for report in rounds)
     return {x: y for x, y in numbers if y is not None and math.isfinite(y)}
+
+
+def _of_examples(rounds: Rounds) -> Curve:
+    """Return what examples have cost where `epsilon` is about clients."""
+    others = [row for row in rounds if _mapping(row.get("privacy")).get("unit") != "example"]
+    return _curve([{**_mapping(row.get("example_privacy")), "round": row["round"]} for row in others], "epsilon")
 
 
 def _number(value: object) -> float | None:

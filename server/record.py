@@ -21,7 +21,7 @@ from fedml_core.spans import span
 from fedml_core.storage import write_json
 from fedml_core.task import Task
 from fedml_core.transform import State
-from server.checkpoint import RunState
+from server.checkpoint import FILE_NAME, RunState
 from server.coordinator import Coordinator, Reserve
 from server.history import PLOTS, SUMMARY, History, RunFolder, read_history, summarise
 from server.plan import Plan
@@ -30,8 +30,8 @@ from server.report import read_run, write_report
 from server.round import RoundReport
 
 if TYPE_CHECKING:
-    from server.secagg import SecureGathering, Witnesses
-    from server.secagg_assisted import AssistedGathering
+    from server.secure_exchange import Witnesses
+    from server.secure_sums import SecureSums
 
 __all__ = ["Callback", "conclude", "coordinator_for", "finished", "record_rounds", "refuse_both", "watched"]
 
@@ -57,26 +57,41 @@ def coordinator_for(
     witnesses: Callable[[], Witnesses] | None = None,
     folder: RunFolder | None = None,
     reserve: Reserve | None = None,
+    reported: Sequence[str] | None = None,
 ) -> Coordinator:
     """Return a coordinator that evaluates on the task's test data, if it has any and the plan wants it.
 
     `witnesses`: tells whose signatures count in secure sums. `folder`: keeps what these record. `reserve`: see
-    `Coordinator`.
+    `Coordinator`. `reported`: what clients report beside their updates, if not all that the task measures.
     Raises: TaskError: if the test data are faulty. ConfigError: if there are secure sums and no witnesses.
     """
     held_out = task.test_data() if task.test_data else None
     if held_out is not None:
         task.check(held_out, "the task's test_data")
     evaluate = None if held_out is None else lambda parameters: evaluator.evaluate(parameters, held_out)
-    gathering = _secure_gathering(task, plan, evaluator, witnesses, folder) if plan.strategy.takes_secure_sums else None
+    gathering = None
+    if plan.strategy.takes_secure_sums:
+        names = task.reported if reported is None else reported
+        gathering = _secure_gathering(names, plan, evaluator, witnesses, folder)
     return Coordinator(
-        plan, evaluator.spec, state, evaluate=evaluate, derive=task.derive, gathering=gathering, reserve=reserve
+        plan,
+        evaluator.spec,
+        state,
+        evaluate=evaluate,
+        derive=task.derive,
+        gathering=gathering,
+        reserve=reserve,
+        keep=None if folder is None else folder.keep,
     )
 
 
 def _secure_gathering(
-    task: Task, plan: Plan, evaluator: Evaluates, witnesses: Callable[[], Witnesses] | None, folder: RunFolder | None
-) -> SecureGathering | AssistedGathering:
+    names: Sequence[str],
+    plan: Plan,
+    evaluator: Evaluates,
+    witnesses: Callable[[], Witnesses] | None,
+    folder: RunFolder | None,
+) -> SecureSums[Any]:
     from server.secagg import SecureGathering  # loads cryptography, which sums in the clear do without
     from server.secagg_assisted import AssistedGathering
     from strategies.secure import AssistedOneShot, SecureAggregation
@@ -87,10 +102,10 @@ def _secure_gathering(
         )
     assert isinstance(plan.strategy, SecureAggregation)
     record = None if folder is None else folder.transcribe
-    if isinstance(plan.strategy.protocol, AssistedOneShot):
-        return AssistedGathering(plan.strategy, evaluator.spec, task.reported, witnesses, record=record)
+    assisted = isinstance(plan.strategy.protocol, AssistedOneShot)
+    kind: type[SecureSums[Any]] = AssistedGathering if assisted else SecureGathering
     threads = torch.get_num_threads()
-    return SecureGathering(plan.strategy, evaluator.spec, task.reported, witnesses, record=record, threads=threads)
+    return kind(plan.strategy, evaluator.spec, names, witnesses, record=record, threads=threads)
 
 
 def record_rounds(
@@ -107,7 +122,7 @@ def record_rounds(
     `extra`: what of the runner belongs into the checkpoint after a round.
     """
     reports = folder.reports() if folder is not None and coordinator.state.round > 0 else []
-    for report in coordinator.rounds(channel, rounds):
+    for report in coordinator.rounds(channel, rounds, extra=extra):
         reports.append(report)
         if extra is not None:
             coordinator.state = dataclasses.replace(coordinator.state, extra=extra())
@@ -166,5 +181,7 @@ def _kept(folder: Path, again: Sequence[str]) -> str:
     except ConfigError:
         rounds = 0
     if rounds == 0:
-        return "; no round was finished, so nothing is kept"
+        if not (folder / FILE_NAME).exists():
+            return "; no round was finished, so nothing is kept"
+        return f"; no round was finished; what it may have released stays counted; go on with: {shlex.join(again)}"
     return f"; {rounds} rounds are kept in {folder}; go on with: {shlex.join(again)}"

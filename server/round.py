@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from server.numbers import LISTED, ClientNumbers
 from server.validation import Exclusion
 
-LISTED = 1000
+__all__ = ["LISTED", "Clocked", "RoundReport", "virtual_time"]
 
 
 @runtime_checkable
@@ -34,7 +35,12 @@ class RoundReport:
     participants' own training), "server", "clients". Bytes are message bodies, without the transport's framing.
     `virtual_seconds`, `virtual_clock`: what the round, and the run up to its end, would take on a simulated fleet.
     `secure`: how a secure sum went, or None. `privacy`: `epsilon` with its delta, unit, adjacency, sampling and
-    accountant, after all rounds begun so far; None without differential privacy.
+    accountant, after all rounds begun so far, and `uncovered`, the exact metrics of this round that it says nothing of;
+    None without differential privacy. `example_privacy`: the same about the examples of the client that trained most
+    often, where clients are known to protect them; `epsilon` and `privacy` are about them, too, unless the strategy
+    protects clients.
+
+    Guarantees: what a report keeps of the clients that took part does not grow with the cohort beyond 16,000 bytes.
     """
 
     round: int
@@ -56,14 +62,20 @@ class RoundReport:
     virtual_clock: float | None = None
     secure: Mapping[str, Any] | None = None
     privacy: Mapping[str, Any] | None = None
+    example_privacy: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Keep client numbers packed: a run holds all of its reports until it ends."""
+        for name in ("participants", "missing"):
+            object.__setattr__(self, name, ClientNumbers(getattr(self, name)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain values, one line of the history."""
         # Not dataclasses.asdict: it copies a cohort's thousands of numbers one by one in every round.
         return {
             **{part.name: getattr(self, part.name) for part in dataclasses.fields(self)},
-            "participants": list(self.participants[:LISTED]),
-            "missing": list(self.missing[:LISTED]),
+            "participants": list(self.participants),
+            "missing": list(self.missing),
             "excluded": tuple(dataclasses.asdict(row) for row in self.excluded),
             "metrics": {place: dict(values) for place, values in self.metrics.items()},
             "notes": tuple(self.notes),

@@ -26,7 +26,7 @@ from server.history import History, RunFolder
 from server.ledger import round_books
 from server.plan import Plan
 from server.record import conclude, coordinator_for, finished, record_rounds, refuse_both, watched
-from server.secagg import Witnesses
+from server.secure_exchange import Witnesses
 from strategies.secure import SecureAggregation
 
 __all__ = ["Access", "Request", "RosterFile", "serve_file"]
@@ -128,14 +128,15 @@ def _serve(console: Console, request: Request, config: RunConfig, work: _Work) -
             resume=request.resume,
             overwrite=request.overwrite,
         )
+        books = round_books(config, work.folder, plan, state)
         coordinator = coordinator_for(
             work.task,
             plan,
-            state,
+            state if books is None else books.resumed(state),
             evaluator,
             witnesses=_witnesses(plan, roster),
             folder=folder,
-            reserve=round_books(config, work.folder, plan, state),
+            reserve=books,
         )
         console.note(f"listening on {address}{', without TLS, for this machine only' if roster is None else ''}")
         with watched(console, config.rounds, work.folder, lambda: request.again(address)) as progress:

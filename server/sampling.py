@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedml_core.checks import require_whole
 from fedml_core.errors import ConfigError
@@ -19,6 +20,8 @@ from fedml_core.named import Named
 from fedml_core.randomness import key_bytes, seeded
 
 _WORDS = 1 << 10
+_MOST_WORDS = 1 << 15  # a keystream's chunk
+_LEAST_RATE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Sampling(Named):
     def cohort(self, clients: Sequence[int], round_number: int, seed: int) -> list[int]:
         """Return the numbers of the clients to ask, each at most once, sorted; at most O(cohort) work for a `range`."""
         return sorted(clients)
+
+    def hidden_cohort(self, clients: Sequence[int], round_number: int, secret: bytes) -> list[int]:
+        """Return such a cohort, drawn by a secret of 32 bytes; overrides take their draws from a keyed cipher."""
+        return self.cohort(clients, round_number, int.from_bytes(secret, "big"))
 
     def require(self, population: int) -> None:
         """Raise ConfigError if this cannot be drawn from `population` clients."""
@@ -70,7 +77,16 @@ class FixedSampling(Sampling):
 
     def cohort(self, clients: Sequence[int], round_number: int, seed: int) -> list[int]:
         """Return `size` clients."""
-        return _draw(clients, min(self.size, len(clients)), seeded(seed, "sample", round_number))
+        size = min(self.size, len(clients))
+        draws = seeded(seed, "sample", round_number)
+        places = np.sort(draws.choice(len(clients), size=size, replace=False, shuffle=False)) if size else np.arange(0)
+        return _at(clients, places)
+
+    def hidden_cohort(self, clients: Sequence[int], round_number: int, secret: bytes) -> list[int]:
+        """Return `size` clients that cannot be told from a true sample without the secret."""
+        size = min(self.size, len(clients))
+        key = key_bytes(int.from_bytes(secret, "big"), "sample", round_number, size=32)
+        return _at(clients, _distinct(len(clients), size, key))
 
     def require(self, population: int) -> None:
         """Raise ConfigError if there are fewer clients than asked for."""
@@ -99,6 +115,8 @@ class PoissonSampling(Sampling):
         """Check the rate."""
         if not 0 < self.rate <= 1:
             raise ConfigError(f"rate must be > 0 and <= 1, got {self.rate}")
+        if self.rate < _LEAST_RATE:
+            raise ConfigError(f"rate must be at least {_LEAST_RATE:g}, got {self.rate:g}; nobody would ever be asked")
 
     def cohort(self, clients: Sequence[int], round_number: int, seed: int) -> list[int]:
         """Return the clients whose coin came up."""
@@ -146,9 +164,33 @@ class MinimumSeparation(Sampling):
         return self.rounds_apart
 
 
-def _draw(clients: Sequence[int], size: int, draws: np.random.Generator) -> list[int]:
-    places = np.sort(draws.choice(len(clients), size=size, replace=False, shuffle=False)) if size else ()
-    return sorted(clients[int(place)] for place in places)
+def _at(clients: Sequence[int], places: NDArray[np.int64]) -> list[int]:
+    """Return the clients at sorted places, sorted."""
+    if isinstance(clients, range) and clients.step > 0:
+        return list((clients.start + clients.step * places).tolist())
+    return sorted(clients[place] for place in places.tolist())
+
+
+def _distinct(count: int, size: int, key: bytes) -> NDArray[np.int64]:
+    """Return `size` of the places below `count`, each set as likely as any other, sorted; O(size) draws.
+
+    The first `size` different ones among uniform places are such a set. Of a set above half, the rest is drawn.
+    """
+    from fedml_core.secagg.keystream import Keystream  # loads cryptography, which sampling everybody does without
+
+    if 2 * size > count:
+        return np.delete(np.arange(count), _distinct(count, count - size, key))
+    if size == 0:
+        return np.empty(0, dtype=np.int64)
+    stream, found, even = Keystream(key), np.empty(0, dtype=np.int64), (1 << 64) // count * count
+    words = np.empty(min(max(_WORDS, size + size // 8), _MOST_WORDS), dtype="<u8")
+    while len(found) < size:
+        stream.into(words)
+        fair = words if even == 1 << 64 else words[words < np.uint64(even)]  # others would favour the first places
+        drawn = np.concatenate([found, (fair % np.uint64(count)).astype(np.int64)])
+        _, first = np.unique(drawn, return_index=True)
+        found = drawn[np.sort(first)]
+    return np.sort(found[:size])
 
 
 def _successes(rate: float, key: bytes) -> Iterator[int]:

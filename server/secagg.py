@@ -17,66 +17,43 @@ from numpy.typing import NDArray
 from fedml_core.binding import binding_of
 from fedml_core.bulk import GatheredArrival
 from fedml_core.errors import SecureAggregationError
-from fedml_core.messages import Assignment, Channel, SecureAnswer
-from fedml_core.model import ModelSpec
+from fedml_core.messages import Assignment, SecureAnswer
 from fedml_core.ring import Encoding, RingSum, encoding_to_table, total_of
 from fedml_core.secagg import transcript
-from fedml_core.secagg.parameters import Parameters
 from fedml_core.secagg.server import ServerSession
 from fedml_core.secagg.unmasked import UnmaskedServerSession
 from fedml_core.spans import span
 from fedml_core.update import Total
-from server.gathering import Gathered, Order
-from server.secure_exchange import Exchanges, Handle, Ledger, Witnesses, milliseconds, take_attempts, to_all
-from strategies.secure import SecAggPlus, SecureAggregation
+from server.gathering import Order
+from server.secure_exchange import Attempt, Exchanges, Handle, to_all
+from server.secure_sums import SecureSums
+from strategies.secure import SecAggPlus
 
-__all__ = ["SecureGathering", "Witnesses"]
+__all__ = ["SecureGathering"]
 
 _WORTH_OPENING = 32
 """How many secrets are opened at a time while others are waited for: each time goes through the whole sum."""
 
 
-class SecureGathering:
-    """Takes a run's updates together as secure sums.
-
-    Args: metrics: the names of what every client reports beside its update. witnesses: asked before every attempt.
-        serial: returns the number of the next attempt, larger than every one before in this run, in whatever process.
-        record: is given what each attempt recorded, for whoever checks it later. threads: to expand masks with.
-    """
+class SecureGathering(SecureSums[SecAggPlus]):
+    """Takes a run's updates together as secure sums whose masks cancel; settings as `SecureSums`'."""
 
     looks_ahead = True
+    counted = "survivors"
+    kind = SecAggPlus
+    _prepared: _Prepared | None = None
 
-    def __init__(
-        self,
-        strategy: SecureAggregation,
-        spec: ModelSpec,
-        metrics: Sequence[str],
-        witnesses: Callable[[], Witnesses],
-        *,
-        serial: Callable[[], int] | None = None,
-        record: Callable[[Mapping[str, Any]], object] | None = None,
-        threads: int = 1,
-    ) -> None:
-        assert isinstance(strategy.protocol, SecAggPlus)
-        self._strategy, self._protocol, self._spec = strategy, strategy.protocol, spec
-        self._metrics, self._witnesses, self._threads = tuple(metrics), witnesses, threads
-        self._serial, self._record = serial or milliseconds(), record
-        self._prepared: _Prepared | None = None
+    def attempt(self, exchanges: Exchanges, order: Order, cohort: Sequence[int]) -> Attempt:
+        """Return an attempt at the sum of a cohort."""
+        return _Attempt(self, exchanges, order, cohort)
 
-    def gather(self, channel: Channel, order: Order) -> Gathered:
-        """Return the sum of the cohort's updates, or why there is none: then nothing was revealed."""
-
-        def begin(ledger: Ledger, cohort: Sequence[int]) -> _Attempt:
-            return _Attempt(self, Exchanges(channel, order, ledger), order, cohort)
-
-        return take_attempts(
-            order,
-            begin,
-            most=self._protocol.attempts,
-            size=self._spec.size,
-            empty={"survivors": 0},
-            record=self._record,
-        )
+    def own(self, encoding: Encoding) -> Mapping[str, Any]:
+        """Return the parameters that bound the graph of members."""
+        return {
+            "encoding": encoding_to_table(encoding),
+            "dropout_share": self.protocol.dropout_share,
+            "security_bits": self.protocol.security_bits,
+        }
 
     def take_prepared(self, cohort: Sequence[int]) -> _Prepared | None:
         """Return the session that the last round prepared, if it is for exactly this cohort and all of it is ready."""
@@ -87,26 +64,11 @@ class SecureGathering:
 
     def begin(self, order: Order, round_number: int, cohort: Sequence[int]) -> _Prepared:
         """Return a fresh session."""
-        encoding = self._strategy.encoding(len(cohort), float(order.state["clip"]), self._metrics)
-        size = self._strategy.pipeline().encoded_size(self._spec.size)
-        p, witnesses = self._protocol, self._witnesses()
-        parameters = Parameters(
-            run=order.assignment.run,
-            round=round_number,
-            attempt=self._serial(),
-            length=encoding.length(size),
-            bits=encoding.bits,
-            encoding=encoding_to_table(encoding),
-            minimum=p.minimum,
-            corrupt_share=p.corrupt_share,
-            dropout_share=p.dropout_share,
-            active=p.active,
-            security_bits=p.security_bits,
-            roster=witnesses.digest if p.active else "",
-        )
-        kind = ServerSession if self._strategy.draw_masks else UnmaskedServerSession
-        session = kind(parameters, cohort, witnesses.keys, verify=witnesses.verify, threads=self._threads)
-        return _Prepared(session, encoding)
+        agreed = self.agreed(order, round_number, cohort)
+        witnesses = agreed.witnesses
+        kind = ServerSession if self.strategy.draw_masks else UnmaskedServerSession
+        session = kind(agreed.parameters, cohort, witnesses.keys, verify=witnesses.verify, threads=self.threads)
+        return _Prepared(session, agreed.encoding)
 
     def keep(self, prepared: _Prepared | None) -> None:
         """Keep a session that is ready for the next round."""
@@ -136,6 +98,7 @@ class _Attempt:
     def __init__(self, gathering: SecureGathering, exchanges: Exchanges, order: Order, cohort: Sequence[int]) -> None:
         self._gathering, self._exchanges, self._order, self._cohort = gathering, exchanges, order, cohort
         self.accepted: Sequence[int] = ()
+        self.opened = False
         self._next: _Prepared | None = None
         self.session: ServerSession | None = None
         self.ring: NDArray[Any] | None = None
@@ -245,6 +208,8 @@ class _Attempt:
 
     def _unmask(self, prepared: _Prepared, survivors: bytes) -> None:
         session, coming = prepared.session, self._next
+        # Shares that arrive after this attempt was given up could still open its sum.
+        self.opened = True
         asked = session.confirmed if session.parameters.active else session.survivors
         proof = {"quorum": session.quorum()} if session.parameters.active else {"survivors": survivors}
         extra, members = self._next_bulletin()

@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 
 from fedml_core.binding import binding_of
 from fedml_core.errors import ConfigError, SecureAggregationError, ThresholdError
-from fedml_core.messages import Channel, SecureAnswer
+from fedml_core.messages import SecureAnswer
 from fedml_core.model import ModelSpec
 from fedml_core.ring import Encoding, RingSum, encoding_to_table, total_of
 from fedml_core.secagg import transcript
 from fedml_core.secagg.assistance import Assistance
 from fedml_core.secagg.assisted_server import AssistedServer
-from fedml_core.secagg.parameters import Parameters
 from fedml_core.spans import span
 from fedml_core.update import Total
-from server.gathering import Gathered, Order
-from server.secure_exchange import Exchanges, Handle, Ledger, Witnesses, milliseconds, take_attempts, to_all
+from server.gathering import Order
+from server.secure_exchange import Attempt, Exchanges, Handle, Witnesses, to_all
+from server.secure_sums import SecureSums
 from server.validation import Exclusion
 from strategies.secure import AssistedOneShot, SecureAggregation
 
@@ -37,16 +37,15 @@ _NO_GRAPH_BITS = 100
 """Of the statistical security of a sparse graph, in the parameters: there is none, so nothing of it can be lost."""
 
 
-class AssistedGathering:
-    """Takes a run's updates together as secure sums whose masks assistants take off.
+class AssistedGathering(SecureSums[AssistedOneShot]):
+    """Takes a run's updates together as secure sums whose masks assistants take off; settings as `SecureSums`'.
 
-    Args: metrics: the names of what every client reports beside its update. witnesses: asked before every attempt.
-        serial: returns the number of the next attempt, larger than every one before in this run, in whatever process.
-        record: is given what each attempt recorded, for whoever checks it later.
     Raises: ConfigError: if an assistant is not on the roster.
     """
 
     looks_ahead = False
+    counted = "contributors"
+    kind = AssistedOneShot
 
     def __init__(
         self,
@@ -54,58 +53,37 @@ class AssistedGathering:
         spec: ModelSpec,
         metrics: Sequence[str],
         witnesses: Callable[[], Witnesses],
-        *,
-        serial: Callable[[], int] | None = None,
-        record: Callable[[Mapping[str, Any]], object] | None = None,
+        **settings: Any,
     ) -> None:
-        assert isinstance(strategy.protocol, AssistedOneShot)
-        self._strategy, self._protocol, self._spec = strategy, strategy.protocol, spec
-        self._metrics, self._witnesses = tuple(metrics), witnesses
-        self._serial, self._record = serial or milliseconds(), record
+        super().__init__(strategy, spec, metrics, witnesses, **settings)
         known = witnesses().keys
-        strangers = [one for one in self._protocol.assistants if one not in known]
-        if strangers and (known or self._protocol.active):
+        strangers = [one for one in self.protocol.assistants if one not in known]
+        if strangers and (known or self.protocol.active):
             raise ConfigError(
                 f"the roster has no client {', '.join(map(str, strangers))}, which should assist in secure sums; name "
                 "clients that are on it as assistants"
             )
 
-    def gather(self, channel: Channel, order: Order) -> Gathered:
-        """Return the sum of the cohort's updates, or why there is none: then nothing was revealed."""
+    def attempt(self, exchanges: Exchanges, order: Order, cohort: Sequence[int]) -> Attempt:
+        """Return an attempt at the sum of a cohort."""
+        return _Attempt(self, exchanges, order, cohort)
 
-        def begin(ledger: Ledger, cohort: Sequence[int]) -> _Attempt:
-            return _Attempt(self, Exchanges(channel, order, ledger), order, cohort)
-
-        return take_attempts(
-            order,
-            begin,
-            most=self._protocol.attempts,
-            size=self._spec.size,
-            empty={"contributors": 0},
-            record=self._record,
-        )
+    def own(self, encoding: Encoding) -> Mapping[str, Any]:
+        """Return the parameters that name the assistants; there is no graph to bound."""
+        p = self.protocol
+        assistance = Assistance(p.assistants, p.threshold, p.lying)
+        return {
+            "encoding": assistance.within(encoding_to_table(encoding)),
+            "dropout_share": 0.0,
+            "security_bits": _NO_GRAPH_BITS,
+        }
 
     def begin(self, order: Order, cohort: Sequence[int]) -> tuple[AssistedServer, Encoding]:
         """Return a fresh session, and what its vectors mean."""
-        encoding = self._strategy.encoding(len(cohort), float(order.state["clip"]), self._metrics)
-        size = self._strategy.pipeline().encoded_size(self._spec.size)
-        p, witnesses = self._protocol, self._witnesses()
-        parameters = Parameters(
-            run=order.assignment.run,
-            round=order.assignment.round,
-            attempt=self._serial(),
-            length=encoding.length(size),
-            bits=encoding.bits,
-            encoding=Assistance(p.assistants, p.threshold, p.lying).within(encoding_to_table(encoding)),
-            minimum=p.minimum,
-            corrupt_share=p.corrupt_share,
-            dropout_share=0.0,
-            active=p.active,
-            security_bits=_NO_GRAPH_BITS,
-            roster=witnesses.digest if p.active else "",
-        )
-        session = AssistedServer(parameters, cohort, witnesses.keys, each=p.each, verify=witnesses.verify)
-        return session, encoding
+        agreed = self.agreed(order, order.assignment.round, cohort)
+        witnesses, each = agreed.witnesses, self.protocol.each
+        session = AssistedServer(agreed.parameters, cohort, witnesses.keys, each=each, verify=witnesses.verify)
+        return session, agreed.encoding
 
 
 class _Attempt:
@@ -136,6 +114,11 @@ class _Attempt:
             raise ThresholdError(f"{error} ({lost})" if lost else str(error)) from error
         self._ring, self.accepted = self._session.total(), self._session.contributors
         return total_of(encoding.decode(self._ring, len(self.accepted)))
+
+    @property
+    def opened(self) -> bool:
+        """Return whether assistants were asked to sign, after which masks can be taken off."""
+        return self.final
 
     def facts(self, total: Total) -> dict[str, Any]:
         """Return what is told of the protocol, once it ran."""

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 
 from fedml_core.bulk import BulkArrival, GatheredArrival
-from fedml_core.errors import ReplyError, SecureAggregationError
-from fedml_core.messages import Arrived, Assignment, Channel, SecureAnswer, SecureWork, assignment_to_frame
+from fedml_core.errors import FedveilError, ReplyError, SecureAggregationError
+from fedml_core.message_frames import assignment_to_frame
+from fedml_core.messages import Arrived, Assignment, Channel, SecureAnswer, SecureWork
 from fedml_core.ring import RingSum
 from fedml_core.secagg.adverts import Verify, verify
 from fedml_core.update import Total
@@ -54,6 +55,11 @@ class Attempt(Protocol):
 
     accepted: Sequence[int]
     final: bool
+
+    @property
+    def opened(self) -> bool:
+        """Return whether anybody was asked for what opens the sum: it counts as released then, whatever came of it."""
+        ...
 
     def run(self) -> Total:
         """Return the decoded sum.
@@ -117,15 +123,19 @@ def take_attempts(
     empty: Mapping[str, Any],
     record: Record | None = None,
 ) -> Gathered:
-    """Return the sum of the first attempt that reaches one, or why none did: then nothing was revealed.
+    """Return the sum of the first attempt that reaches one, or why none did.
 
+    Guarantees: after an attempt whose sum may have been opened, `order.again` is asked before the next one.
     Args: begin: returns an attempt with a cohort. most: attempts. size: of the model. empty: what is told of the
         protocol if there is no sum. record: is given what each attempt recorded.
     """
-    ledger, why, left_out = Ledger(order), "", frozenset[int]()
+    ledger, why, left_out, opened = Ledger(order), "", frozenset[int](), False
     for _ in range(most):
         cohort = [client for client in order.cohort if client not in left_out]
         if not cohort:
+            break
+        if opened and (refusal := _refused_again(order)):
+            why = f"{why}; it was not tried again: {refusal}"
             break
         ledger.attempts += 1
         attempt = begin(ledger, cohort)
@@ -140,7 +150,18 @@ def take_attempts(
                 record(recorded)
         if attempt.final:
             break
+        opened = attempt.opened
     return ledger.nothing(why, size, empty)
+
+
+def _refused_again(order: Order) -> str:
+    """Return why another sum of the round must not be opened, or ""."""
+    try:
+        if order.again is not None:
+            order.again()
+    except FedveilError as error:
+        return str(error)
+    return ""
 
 
 class SecureIntake(Intake):

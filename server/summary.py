@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedml_core.privacy.terms import epsilon_text
 from server.round import RoundReport
+from server.uncovered import uncovered_text
 from server.wording import PLACES, bytes_text, metrics_text, privacy_terms, seconds_text, server_saw
 
 Row = tuple[str, str]
@@ -19,7 +21,8 @@ def summary_rows(summary: Mapping[str, Any], reports: Sequence[RoundReport]) -> 
     """
     rows = [("rounds", _rounds(summary, reports))]
     metrics = summary["metrics"]
-    rows += [(label, metrics_text(metrics[place])) for place, label in PLACES.items() if place in metrics]
+    told = {label: metrics_text(metrics[place]) for place, label in PLACES.items() if place in metrics}
+    rows += [(label, text) for label, text in told.items() if text]
     if "central" in summary:
         rows.append(("central baseline", _central(summary["central"], metrics.get("server", {}))))
     up, down = bytes_text(summary["bytes_up"]), bytes_text(summary["bytes_down"])
@@ -28,6 +31,7 @@ def summary_rows(summary: Mapping[str, Any], reports: Sequence[RoundReport]) -> 
         ("replies", _replies(summary, reports)),
         ("server saw", server_saw(summary["protection"])),
         ("privacy", _privacy(summary)),
+        *_not_covered(summary),
         ("time", seconds_text(summary["seconds"])),
     ]
     if reports and reports[-1].virtual_clock is not None:
@@ -69,8 +73,20 @@ def _target(metric: str, target: float, round: int | None, virtual_seconds: floa
     return f"{metric} {target:g}", "not reached" if round is None else f"in round {round}{when}"
 
 
+def _not_covered(summary: Mapping[str, Any]) -> list[Row]:
+    said = uncovered_text(summary.get("privacy"), summary.get("example_privacy"))
+    return [("beside it", said)] if said else []
+
+
 def _privacy(summary: Mapping[str, Any]) -> str:
     epsilon = summary["epsilon"]
     if epsilon is None:
         return "no differential privacy: epsilon has no bound"
-    return f"epsilon {epsilon:.3g} so far{privacy_terms(summary.get('privacy'))}"
+    said = f"epsilon {epsilon_text(epsilon)} so far{privacy_terms(summary.get('privacy'))}"
+    examples = summary.get("example_privacy")
+    if examples is None:
+        return said
+    if examples == summary.get("privacy"):
+        return f"{said}, of the client that trained most often"
+    second = f"epsilon {epsilon_text(examples['epsilon'])} so far{privacy_terms(examples)}"
+    return f"{said}; and {second}, of the client that trained most often"

@@ -18,8 +18,8 @@ from .fleet_spread import Constant as Constant
 from .fleet_spread import LogNormal as LogNormal
 from .fleet_spread import Spread as Spread
 from .fleet_spread import Tiers as Tiers
+from .flower_apps import run_flower_apps as run_flower_apps
 from .flower_grid import LocalGrid as LocalGrid
-from .flower_grid import run_flower_apps as run_flower_apps
 from .partition import BalancedDirichlet as BalancedDirichlet
 from .partition import ByKey as ByKey
 from .partition import DataOutline as DataOutline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,13 @@ class Question:
                 "ask with exactly one of --noise-multiplier, --target-epsilon and --events; "
                 f"{sum(given)} of them were given"
             )
+        for name in ("noise_multiplier", "target", "sampling_rate", "sensitivity"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                option = "target-epsilon" if name == "target" else name.replace("_", "-")
+                raise ConfigError(f"--{option} must be a finite number, got {value}")
+        if self.steps < 1:
+            raise ConfigError(f"--steps must be >= 1, got {self.steps}")
         if self.mechanism not in MECHANISMS:
             raise ConfigError(f"--mechanism must be one of {', '.join(MECHANISMS)}, got {self.mechanism!r}")
         if self.sample is not None and (self.population is None or self.sampling_rate is not None):

@@ -14,7 +14,20 @@ import typer
 
 import clients.app
 import server.app
-from fedml_core.console import AsJson, Debug, Quiet, command
+from fedml_core.console import (
+    AsJson,
+    Changes,
+    Debug,
+    Out,
+    Overwrite,
+    Plots,
+    Quiet,
+    Resume,
+    Rounds,
+    RunFile,
+    Seed,
+    command,
+)
 
 _DOC = "Federated learning whose users can say what the server could and could not see."
 _START = """Start here:
@@ -87,17 +100,15 @@ def root(
 
 @app.command(epilog=_EXAMPLES)
 def simulate(
-    run: Annotated[Path, typer.Argument(help="The run.toml, or the folder that holds it.")] = Path("run.toml"),
-    rounds: Annotated[int | None, typer.Option(help="Rounds in all, resumed ones included.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for history, report and plots.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything that must reproduce.")] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the run.toml; repeatable.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    run: RunFile = Path("run.toml"),
+    rounds: Rounds = None,
+    out: Out = None,
+    seed: Seed = None,
+    changes: Changes = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     central: Annotated[bool, typer.Option("--central", help="Compare with training on the pooled data.")] = False,
-    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the plots.")] = True,
+    plots: Plots = True,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time of each round went.")] = False,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace of it.")] = None,
     as_json: AsJson = False,
@@ -183,12 +194,10 @@ _PLAN_EXAMPLES = """Examples:
 
 @app.command(epilog=_PLAN_EXAMPLES)
 def plan(
-    run: Annotated[Path, typer.Argument(help="The run.toml, or the folder that holds it.")] = Path("run.toml"),
+    run: RunFile = Path("run.toml"),
     budget: Annotated[float | None, typer.Option(help="The epsilon not to go beyond.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw epsilon over rounds.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the run.toml; repeatable.")
-    ] = None,
+    overrides: Changes = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -223,11 +232,9 @@ _AUDIT_EXAMPLES = """Examples:
 
 @app.command(epilog=_AUDIT_EXAMPLES)
 def audit(
-    run: Annotated[Path, typer.Argument(help="The run.toml, or the folder that holds it.")] = Path("run.toml"),
+    run: RunFile = Path("run.toml"),
     out: Annotated[Path | None, typer.Option(help="Folder for audit.json and audit.html.")] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the run.toml; repeatable.")
-    ] = None,
+    changes: Changes = None,
     canaries: Annotated[int | None, typer.Option(help="How many; else by the model's size.")] = None,
     shadows: Annotated[int, typer.Option("--shadow-models", help="For membership inference; 0 for none.")] = 16,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the pictures.")] = True,
@@ -249,7 +256,7 @@ def audit(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a run, also of an unfinished one.")] = Path("out"),
-    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the plots.")] = True,
+    plots: Plots = True,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,9 +17,13 @@ from server.configure import blaming, plan_from
 from simulations.engines import Engine
 from simulations.faults import Faults
 from simulations.partition import Partitioner
+from simulations.private_clients import require_counted, require_private
 from simulations.simulate import Simulation
 from simulations.sources import Source
 from simulations.virtual_time import Fleet
+
+if TYPE_CHECKING:
+    from clients.private_training import PrivateTraining
 
 __all__ = ["simulation_from"]
 
@@ -42,6 +47,9 @@ def simulation_from(config: RunConfig, task: Task) -> Simulation:
         skip = config.simulation.on_client_error == "skip"
         engine = Engine.from_config({"skip_failures": skip, **config.simulation.engine})
     fleet = _fleet_from(config)
+    private = _private_from(config, engine)
+    with blaming(config.path, "budget"):
+        require_counted(config.budget, plan.strategy.privacy(), examples=private is not None)
     with blaming(config.path, "sampling"):
         return Simulation(
             task,
@@ -61,6 +69,8 @@ def simulation_from(config: RunConfig, task: Task) -> Simulation:
             round_timeout_s=plan.round_timeout_s,
             seed=plan.seed,
             device=config.simulation.device,
+            private=private,
+            budget=config.budget,
         )
 
 
@@ -74,6 +84,18 @@ def _check_optimizer(config: RunConfig) -> None:
         return
     with blaming(config.path, "training"):
         make_optimizer(config.training, 1, [nn.Parameter(torch.zeros(1, 1))])
+
+
+def _private_from(config: RunConfig, engine: Engine) -> PrivateTraining | None:
+    """Return how simulated clients protect their examples."""
+    table = config.clients.examples
+    if table is None:
+        return None
+    from clients.private_training import PrivateTraining  # only who trains privately waits for its imports
+
+    with blaming(config.path, "clients.examples"):
+        require_private(engine)
+        return PrivateTraining.of(table)
 
 
 def _clients_from(config: RunConfig) -> int | Source:

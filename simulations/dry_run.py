@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from fedml_core.config import RunConfig, SiteConfig, load_run, load_site
 from fedml_core.console import Console
 from fedml_core.errors import FedveilError, PrivacyError, RefusalError
 from fedml_core.loading import load_task
+from fedml_core.privacy.accounting import epsilon_of
 from fedml_core.privacy.ledger import Purpose
 from fedml_core.secagg.parameters import Parameters
 from server.configure import plan_from
 from server.plan import Plan
-from strategies.secure import SecAggPlus, SecureAggregation
+from server.wording import privacy_terms
+from simulations.private_clients import EXAMPLES_DIFFER
+from strategies.secure import AssistedOneShot, SecAggPlus, SecureAggregation
 
 __all__ = ["answer", "say_answer"]
 
@@ -39,22 +43,55 @@ def say_answer(console: Console, site: Path, run: Path, server: str) -> None:
         said = "would be answered" if row["rule"] is None else f"would be refused: {row['rule']}: {row['reason']}"
         console.say(f"round {row['round']}: {said}")
     console.say(f"protected by: {found['protection'] or 'nothing that this site can see'}")
+    for cost in found["example_privacy"] or ():
+        said = f"epsilon {cost['epsilon']:.4g}{privacy_terms(cost)}"
+        console.say(f"by round {cost['round']} this run has cost an example of this site: {said}")
+    if asked.clients.examples is not None:
+        console.say(
+            "the run's [clients.examples] is for simulated clients; this site protects examples by its site.toml"
+        )
     console.result(found)
 
 
 def answer(config: SiteConfig, asked: RunConfig, server: str) -> dict[str, Any]:
     """Return what the site would answer the first round, the first one that it would refuse, and the last one.
 
-    As if it took part in every round. Its own training may reserve more than a run.toml can tell.
+    As if it took part in every round. Where the site protects its examples, `example_privacy` is what the rounds that
+    it would answer cost one of them; else None.
     """
     plan, books, policy = plan_from(asked), Books(config), Policy(config.policy)
-    first = _one(config, plan, books, policy, _asked(plan, server, 1))
+    first = _one(config, plan, books, policy, _asked(config, plan, server, 1))
     rows, protection = [_row(1, first)], first.protection
     if first.refusal is None:
         last = _affordable(config, plan, books, policy, server, asked.rounds)
         rows += [_row(number, answered) for number, answered in last]
     refused = any(row["rule"] is not None for row in rows)
-    return {"answer": "refused" if refused else "answered", "protection": protection, "rounds": rows}
+    done = {row["round"] if row["rule"] is None else row["round"] - 1 for row in rows} - {0}
+    return {
+        "answer": "refused" if refused else "answered",
+        "protection": protection,
+        "rounds": rows,
+        "example_privacy": _example_costs(config, plan, books, sorted(done)),
+    }
+
+
+def _example_costs(config: SiteConfig, plan: Plan, books: Books, rounds: Sequence[int]) -> list[dict[str, Any]] | None:
+    """Return what the site's own training costs an example by the end of each of `rounds`."""
+    event = _example_event(config, plan)
+    if event is None:
+        return None
+    about: dict[str, Any] = {"delta": books.table.delta, "unit": "example", "adjacency": EXAMPLES_DIFFER}
+    spent = {number: [{"name": "repeated", "count": number, "event": event}] for number in rounds}
+    return [{"round": number, **epsilon_of(events, **about).to_json()} for number, events in spent.items()]
+
+
+def _example_event(config: SiteConfig, plan: Plan) -> Event | None:
+    """Return what the site's own training of a round does to its examples, or None where it protects none."""
+    if config.examples is None:
+        return None
+    from clients.private_training import PrivateTraining
+
+    return PrivateTraining.of(config.examples).event(plan.training)
 
 
 class _Answered:
@@ -70,7 +107,7 @@ def _affordable(
     """Return the first round that would be refused, by bisection, or else the last one."""
 
     def at(number: int) -> _Answered:
-        return _one(config, plan, books, policy, _asked(plan, server, number))
+        return _one(config, plan, books, policy, _asked(config, plan, server, number))
 
     last = at(rounds)
     if last.refusal is None:
@@ -91,7 +128,12 @@ def _one(config: SiteConfig, plan: Plan, books: Books, policy: Policy, asked: As
         protection = "+".join(sorted(found))
         purpose = Purpose(_RUN, asked.server, asked.round, protection, participation=asked.participation)
         books.check_unit(found)
-        for event, unit in due(asked, found):
+        own = _example_event(config, plan)
+        rows = due(asked, found)
+        if own is not None:
+            policy.check_example(own)
+            rows = [*rows, (own, "example")]
+        for event, unit in rows:
             books.check(event, unit, purpose)
             _check_so_far(books, event, unit, purpose)
     except (RefusalError, PrivacyError) as error:
@@ -111,7 +153,7 @@ def _check_so_far(books: Books, event: Event | None, unit: str, purpose: Purpose
     books.ledger.check(spent, books.account(unit), purpose, dataclasses.replace(budget, epsilon_per_round=None))
 
 
-def _asked(plan: Plan, server: str, number: int) -> Asked:
+def _asked(config: SiteConfig, plan: Plan, server: str, number: int) -> Asked:
     strategy, terms = plan.strategy, plan.strategy.privacy()
     secure = None
     if isinstance(strategy, SecureAggregation):
@@ -126,6 +168,7 @@ def _asked(plan: Plan, server: str, number: int) -> Asked:
         pipeline=strategy.client_half(),
         secure=secure,
         promised=strategy.pipeline().event() if terms is not None and terms.server_noise else None,
+        example=config.examples is not None,
         participation=number,
     )
 
@@ -143,6 +186,8 @@ def _check_secure(config: SiteConfig, plan: Plan) -> None:
             "this site has no pinned roster, so it takes part in no secure sum; name one in its site.toml",
         )
     protocol = strategy.protocol
+    if isinstance(protocol, AssistedOneShot):
+        CohortFloor(table).check_assistants(protocol.assistants)
     if isinstance(protocol, SecAggPlus):
         CohortFloor(table).check(
             Parameters(

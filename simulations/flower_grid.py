@@ -1,12 +1,11 @@
-"""Runs an ordinary Flower app, ServerApp and ClientApp unchanged, inside this process: no Ray, no socket, no file.
+"""A Flower grid whose nodes live in this process: no Ray, no socket, no file. `flower_apps` runs whole apps on it.
 
-`run_flower_apps` is all that most callers need. `LocalGrid` is for those who drive a Flower strategy themselves:
+For those who drive a Flower strategy themselves:
 
     with LocalGrid(client_app, clients=10) as grid:
         FedAvg().start(grid, initial_arrays, num_rounds=3)
 
-Private names of flwr 1.41 used here: `TaskIdentity` (without it no `Message` can be made), `make_message`, the write of
-`Metadata._message_id` (Flower's own grids do the same), `Run`, and two constants.
+Private names of flwr 1.41 used here: `Run` and a constant; see also `flower_messages`.
 """
 
 from __future__ import annotations
@@ -16,49 +15,44 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
-from copy import copy
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Self
 
 import fedml_core.engine_guard  # noqa: F401 - switches Flower's calls home off, so it goes before flwr
 
 # isort: split
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    Error,
-    Message,
-    Metadata,
-    MetricRecord,
-    RecordDict,
-    UserConfig,
-    UserConfigValue,
-)
-from flwr.app.message import make_message
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.serverapp import Grid, ServerApp
+from flwr.app import Context, Message, RecordDict, UserConfigValue
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
-from fedml_core.errors import ConfigError, RunError, StrategyError
+from fedml_core.checks import require_whole
+from fedml_core.errors import ConfigError, StrategyError
+from simulations.flower_messages import (
+    attributed,
+    check_instruction,
+    copy_content,
+    error_reply,
+    expiry,
+    part_from_sender,
+    server_identity,
+    stamp,
+    unknown_reply,
+)
+from simulations.flower_nodes import Clients, Nodes, checked_config
 
-FIRST_NODE_ID = 1000
-"""Node ids count up from here: the client of partition 7 is node 1007 (Flower keeps 1 for the server)."""
+__all__ = ["ClientCallable", "Fault", "FaultHook", "LocalGrid"]
 
-Clients = int | Sequence[Mapping[str, UserConfigValue]]
 ClientCallable = Callable[[Message, Context], Message]
 
 _PATIENT_ASKS = 6  # Flower's strategies ask twice for each batch that they send
 
 _log = logging.getLogger(__name__)
-_one_run = threading.Lock()
 
 
 class Fault(Enum):
@@ -107,12 +101,11 @@ class LocalGrid(Grid):
         faults: FaultHook | None = None,
     ) -> None:
         self._client_app = client_app
-        count, self._node_configs = _checked_clients(clients)
-        self._node_ids = range(FIRST_NODE_ID, FIRST_NODE_ID + count)
-        self._threads = _at_least_one("threads", threads)
+        self._nodes = Nodes(clients)
+        require_whole("threads", threads, at_least=1)
+        self._threads = threads
         self._faults = faults
-        self._run = replace(Run.create_empty(1), override_config=_checked_config("run_config", run_config or {}))
-        self._contexts: dict[int, Context] = {}
+        self._run = replace(Run.create_empty(1), override_config=checked_config("run_config", run_config or {}))
         self._sent: dict[str, _Sent] = {}
         self._lines: dict[int, deque[_Sent]] = {}
         self._count = 0
@@ -127,7 +120,7 @@ class LocalGrid(Grid):
         Raises: RunError: if another one is open; Flower's identity of a run is global to the process.
         """
         with ExitStack() as stack:
-            stack.enter_context(_server_identity(self._run.run_id))
+            stack.enter_context(server_identity(self._run.run_id))
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="flower-client")
             stack.callback(self._close)
             self._cleanup = stack.pop_all()
@@ -142,7 +135,7 @@ class LocalGrid(Grid):
     @property
     def contexts(self) -> Mapping[int, Context]:
         """The contexts of the nodes that were messaged so far, by node id; read them between exchanges."""
-        return MappingProxyType(self._contexts)
+        return self._nodes.contexts
 
     @property
     def run(self) -> Run:
@@ -171,9 +164,9 @@ class LocalGrid(Grid):
             _log.warning(
                 "the server app keeps asking for nodes and sends nothing; this run has %d and never gets more: "
                 "lower what it waits for (min_available_nodes, min_train_nodes, min_evaluate_nodes)",
-                len(self._node_ids),
+                len(self._nodes.ids),
             )
-        return list(self._node_ids)
+        return list(self._nodes.ids)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Start the clients' work and return the messages' ids, in order, which are also written into the messages.
@@ -187,10 +180,10 @@ class LocalGrid(Grid):
             raise StrategyError("this grid is not open; use it inside `with LocalGrid(...) as grid`")
         batch = list(messages)
         for message in batch:
-            self._check(message)
+            check_instruction(message, self._run.run_id)
         self._asked = 0 if batch else self._asked
         # One copy per content is enough to part it from the server; each client copies again when its turn comes.
-        snapshots = {id(message.content): _copy_content(message.content) for message in batch}
+        snapshots = {id(message.content): copy_content(message.content) for message in batch}
         return [self._push(message, snapshots[id(message.content)]) for message in batch]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -224,34 +217,22 @@ class LocalGrid(Grid):
             _log.warning("%d of %d messages failed: %s", errors.total(), len(ids), dict(errors))
         return replies
 
-    def _check(self, message: Message) -> None:
-        metadata = message.metadata
-        where = f"the message to node {metadata.dst_node_id}"
-        if not message.has_content():
-            raise StrategyError(f"{where} has no content; give it a RecordDict")
-        if metadata.reply_to_message_id:
-            raise StrategyError(f"{where} is a reply; a server sends instructions only")
-        if metadata.run_id != self._run.run_id:
-            raise StrategyError(f"{where} is of run {metadata.run_id}, not {self._run.run_id}; make it in this run")
-        if not metadata.ttl > 0:
-            raise StrategyError(f"{where} has a ttl of {metadata.ttl} seconds; it must be > 0")
-
     def _push(self, message: Message, content: RecordDict) -> str:
         node_id = message.metadata.dst_node_id
         with self._lock:
             self._count += 1
             message_id = f"{self._run.run_id}-{self._count}"
-        _stamp(message, message_id)
+        stamp(message, message_id)
         fault = self._faults(node_id, message) if self._faults else None
         if fault is not None and not isinstance(fault, Fault):
             raise ConfigError(f"a fault hook must return a Fault or None, got {type(fault).__name__}")
-        sent = _Sent(make_message(copy(message.metadata), content), fault)
+        sent = _Sent(part_from_sender(message, content), fault)
         with self._lock:
             self._sent[message_id] = sent
-        if node_id not in self._node_ids:
-            sent.reply.set_result(_error(sent.instruction, ErrorCode.NODE_UNAVAILABLE, "there is no such node"))
+        if node_id not in self._nodes.ids:
+            sent.reply.set_result(error_reply(sent.instruction, ErrorCode.NODE_UNAVAILABLE, "there is no such node"))
         elif fault is Fault.ERROR:
-            sent.reply.set_result(_error(sent.instruction, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "InjectedFault"))
+            sent.reply.set_result(error_reply(sent.instruction, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "InjectedFault"))
         elif fault is not Fault.DROP:
             self._enqueue(node_id, sent)
         return message_id
@@ -260,17 +241,17 @@ class LocalGrid(Grid):
         with self._lock:
             sent = self._sent.get(message_id)
             if sent is None:
-                return _unknown(self._run.run_id, message_id)
-            expired = _expiry(sent.instruction) < time.time()
+                return unknown_reply(self._run.run_id, message_id)
+            expired = expiry(sent.instruction) < time.time()
             lost = sent.fault in (Fault.DROP, Fault.LATE) or not sent.reply.done()
             if lost and not expired:
                 return None
             del self._sent[message_id]
         if expired:
-            return _error(sent.instruction, ErrorCode.MESSAGE_UNAVAILABLE, "the message outlived its ttl")
+            return error_reply(sent.instruction, ErrorCode.MESSAGE_UNAVAILABLE, "the message outlived its ttl")
         reply = sent.reply.result()
-        if _expiry(reply) < time.time():
-            return _error(sent.instruction, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the reply outlived its ttl")
+        if expiry(reply) < time.time():
+            return error_reply(sent.instruction, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the reply outlived its ttl")
         return reply
 
     def _enqueue(self, node_id: int, sent: _Sent) -> None:
@@ -293,25 +274,15 @@ class LocalGrid(Grid):
                 self._pool.submit(self._serve_first, node_id)
 
     def _answer(self, node_id: int, instruction: Message) -> Message:
-        if _expiry(instruction) < time.time():
-            return _error(instruction, ErrorCode.MESSAGE_UNAVAILABLE, "the message outlived its ttl")
+        if expiry(instruction) < time.time():
+            return error_reply(instruction, ErrorCode.MESSAGE_UNAVAILABLE, "the message outlived its ttl")
         try:
-            message = make_message(copy(instruction.metadata), _copy_content(instruction.content))
-            return _attributed(self._client_app(message, self._context(node_id)), instruction)
+            context = self._nodes.context(node_id, self._run.run_id, self._run.override_config)
+            message = part_from_sender(instruction, copy_content(instruction.content))
+            return attributed(self._client_app(message, context), instruction)
         except BaseException as error:  # noqa: BLE001 - whatever a client raises, even SystemExit, is its own failure
             _log.debug("client %d failed", node_id, exc_info=error)
-            return _error(instruction, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__)
-
-    def _context(self, node_id: int) -> Context:
-        with self._lock:
-            if node_id not in self._contexts:
-                index = node_id - FIRST_NODE_ID
-                config: UserConfig = {"partition-id": index, "num-partitions": len(self._node_ids)}
-                if self._node_configs is not None:
-                    config = self._node_configs[index]
-                run_config = dict(self._run.override_config)
-                self._contexts[node_id] = Context(self._run.run_id, node_id, config, RecordDict(), run_config)
-            return self._contexts[node_id]
+            return error_reply(instruction, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__)
 
     def _close(self) -> None:
         with self._lock:
@@ -323,128 +294,13 @@ class LocalGrid(Grid):
             self._sent.clear()
 
 
-def run_flower_apps(
-    server_app: ServerApp,
-    client_app: ClientCallable,
-    *,
-    clients: Clients,
-    run_config: Mapping[str, UserConfigValue] | None = None,
-    threads: int = 1,
-    faults: FaultHook | None = None,
-) -> Context:
-    """Run a Flower app to its end in this process and return the server's context, with what it left in `state`.
-
-    A strategy that wants more nodes than there are clients (Flower's default is two) waits for ever, as in a fleet; a
-    warning says so.
-    The exceptions of the server app come out as they are; those of clients are error replies with the class name only
-    (their tracebacks go to this module's logger, at level DEBUG).
-    Args: as `LocalGrid`.
-    Raises: ConfigError: as `LocalGrid`. RunError: if this process has a Flower run open already.
-    """
-    grid = LocalGrid(client_app, clients=clients, run_config=run_config, threads=threads, faults=faults)
-    run = grid.run
-    context = Context(run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), run.override_config)
-    with grid:
-        server_app(grid, context)
-    return context
-
-
-@contextmanager
-def _server_identity(run_id: int) -> Iterator[None]:
-    """Make this process the server of a run, as far as Flower's `Message(...)` is concerned, and undo it at exit."""
-    if not _one_run.acquire(blocking=False):
-        raise RunError("this process has a flower run open already; let it end before the next begins")
-    before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
-    try:
-        TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = 1, run_id, SUPERLINK_NODE_ID
-        yield
-    finally:
-        TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before
-        _one_run.release()
-
-
-def _checked_clients(clients: Clients) -> tuple[int, list[UserConfig] | None]:
-    """Return how many nodes there are, and their configs where they were named."""
-    if isinstance(clients, int):
-        return _at_least_one("clients", clients), None
-    if not isinstance(clients, list | tuple) or not clients:
-        raise ConfigError(f"clients must be a number or a list of node configs, got {clients!r}; name one at least")
-    return len(clients), [_checked_config(f"node config {index}", config) for index, config in enumerate(clients)]
-
-
-def _checked_config(name: str, config: Mapping[str, UserConfigValue]) -> UserConfig:
-    if not isinstance(config, Mapping):
-        raise ConfigError(f"{name} must be a mapping, got {type(config).__name__}")
-    for key, value in config.items():
-        if not isinstance(key, str) or not isinstance(value, bool | int | float | str):
-            raise ConfigError(f"{name} maps {key!r} to a {type(value).__name__}; use text keys, and numbers or text")
-    return dict(config)
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number >= 1, got {value!r}")
-    return value
-
-
-def _copy_content(content: RecordDict) -> RecordDict:
-    return RecordDict({name: _copy_record(record) for name, record in content.items()})
-
-
-def _copy_record(record: ArrayRecord | ConfigRecord | MetricRecord) -> ArrayRecord | ConfigRecord | MetricRecord:
-    if isinstance(record, ArrayRecord):
-        own = ArrayRecord()
-        for key, array in record.items():
-            own[key] = Array(
-                array.dtype, tuple(array.shape), array.stype, bytes(array.data)
-            )  # bytes(bytes) copies none
-        return own
-    if isinstance(record, MetricRecord):
-        return MetricRecord({key: copy(value) for key, value in record.items()})
-    return ConfigRecord({key: copy(value) for key, value in record.items()})
-
-
-def _stamp(message: Message, message_id: str) -> None:
-    message.metadata.__dict__["_message_id"] = message_id
-
-
 def _wait_for(awaited: Sequence[_Sent], patience_s: float) -> None:
     """Return when each reply is there or its message's time to live is over, or when patience ends."""
     deadline_s = time.monotonic() + patience_s
     while True:
         now = time.time()
-        waiting = [sent for sent in awaited if not sent.reply.done() and _expiry(sent.instruction) >= now]
-        left_s = min(deadline_s - time.monotonic(), max((_expiry(s.instruction) - now for s in waiting), default=0.0))
+        waiting = [sent for sent in awaited if not sent.reply.done() and expiry(sent.instruction) >= now]
+        left_s = min(deadline_s - time.monotonic(), max((expiry(s.instruction) - now for s in waiting), default=0.0))
         if not waiting or left_s < 0:
             return
         wait([sent.reply for sent in waiting], timeout=min(left_s, threading.TIMEOUT_MAX))
-
-
-def _expiry(message: Message) -> float:
-    return message.metadata.created_at + message.metadata.ttl
-
-
-def _attributed(reply: Message, instruction: Message) -> Message:
-    """Return a copy of a client's reply that answers `instruction`, and lives no longer than it."""
-    if not isinstance(reply, Message):
-        raise TypeError(f"a client app must return a Message, got {type(reply).__name__}")
-    if reply.has_error():
-        own = Message(Error(reply.error.code, reply.error.reason), reply_to=instruction)
-    else:
-        own = Message(_copy_content(reply.content), reply_to=instruction)
-    own.metadata.created_at = reply.metadata.created_at
-    own.metadata.ttl = min(_expiry(reply), _expiry(instruction)) - reply.metadata.created_at
-    _stamp(own, f"{instruction.metadata.message_id}-reply")
-    return own
-
-
-def _error(instruction: Message, code: int, reason: str) -> Message:
-    reply = Message(Error(code, reason), reply_to=instruction)
-    _stamp(reply, f"{instruction.metadata.message_id}-reply")
-    return reply
-
-
-def _unknown(run_id: int, message_id: str) -> Message:
-    server = SUPERLINK_NODE_ID
-    metadata = Metadata(run_id, "", server, server, message_id, "", time.time(), 0.0, "system")
-    return make_message(metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, f"no message {message_id} awaits a reply"))

@@ -6,18 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedml_core.checks import require_number
 from fedml_core.config import load_run
 from fedml_core.console import Console
 from fedml_core.errors import ConfigError, PrivacyError
 from fedml_core.loading import load_task
+from fedml_core.policy_tables import BudgetTable
 from fedml_core.privacy.outlook import Outlook, Release, outlook
-from server.books import require_accountable
+from server.books import event_of
+from server.claims import with_examples
 from server.wording import server_saw
 from simulations.configure import simulation_from
+from simulations.private_clients import EXAMPLES_DIFFER
 from simulations.simulate import Simulation
 from strategies.private import CentralDP
 
-__all__ = ["Question", "say_outlook"]
+__all__ = ["Question", "outlooks_of", "say_outlook"]
+
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,37 @@ def say_outlook(console: Console, question: Question) -> None:
 
     Raises: FedveilError: for whatever is wrong with the run.toml, its task or its privacy.
     """
+    if question.budget is not None:
+        require_number("--budget", question.budget, above=0)
+    if question.plot is not None and question.plot.is_dir():
+        raise ConfigError(
+            f"--plot {question.plot} is a folder; name a file in it, such as {question.plot / 'epsilon.png'}"
+        )
+    if question.plot is not None and question.plot.suffix not in _PICTURES:
+        raise ConfigError(f"--plot must name a file that ends in {', '.join(_PICTURES)}, got {question.plot}")
     config = load_run(question.path, question.overrides)
     simulation = simulation_from(config, load_task(config.task, config.folder))
-    saw = server_saw(simulation.strategy.protection())
+    saw = _server_sees(simulation)
     console.say(f"server sees  {saw}")
-    found = outlook_of(simulation, question.budget)
-    if found is None:
+    outlooks = outlooks_of(simulation, question.budget)
+    for found in outlooks:
+        _say(console, found)
+    if not outlooks:
         console.say("privacy      no differential privacy: epsilon has no bound, whatever the number of rounds")
-        console.result({"privacy": None, "server_sees": saw})
-        return
+    elif question.plot is not None:
+        _draw(question.plot, outlooks, question.budget)
+        console.say(f"plot         {question.plot}")
+    examples = next((found for found in outlooks if found.claims[-1][1].unit == "example"), None)
+    console.result(
+        {
+            "privacy": outlooks[0].to_json() if outlooks else None,
+            "example_privacy": None if examples is None else examples.to_json(),
+            "server_sees": saw,
+        }
+    )
+
+
+def _say(console: Console, found: Outlook) -> None:
     for number, claim in found.claims:
         console.say(f"round {number:<6} {claim}")
     if found.release is not None:
@@ -54,27 +82,53 @@ def say_outlook(console: Console, question: Question) -> None:
         )
     for line in found.advice:
         console.say(f"advice       {line}")
-    if question.plot is not None:
-        _draw(question.plot, found, question.budget)
-        console.say(f"plot         {question.plot}")
-    console.result({"privacy": found.to_json(), "server_sees": saw})
 
 
-def outlook_of(simulation: Simulation, budget: float | None = None) -> Outlook | None:
-    """Return what the simulation's rounds would cost a client that takes part whenever it can, or None without DP.
+def outlooks_of(simulation: Simulation, budget: float | None = None) -> list[Outlook]:
+    """Return what the simulation's rounds would cost a client, and then what an example of it, where each is protected.
+
+    As if the client took part in every round. `budget`: the epsilon not to go beyond, for clients where they are
+    protected and else for examples; where none is given, the run's own, for the unit that it counts.
 
     Raises: PrivacyError: if nothing can account for the rounds. ConfigError: if they are not as private as is claimed.
     """
-    strategy, sampling = simulation.strategy, simulation.sampling
+    clients = _of_clients(simulation, budget)
+    examples = _of_examples(simulation, budget if clients is None else None)
+    return [found for found in (clients, examples) if found is not None]
+
+
+def _of_examples(simulation: Simulation, budget: float | None) -> Outlook | None:
+    clients, table = simulation.private_clients, simulation.budget
+    if clients is None:
+        return None
+    return outlook(
+        clients.event,
+        simulation.rounds,
+        delta=table.delta,
+        unit="example",
+        adjacency=EXAMPLES_DIFFER,
+        budget=_limit(table, "example") if budget is None else budget,
+    )
+
+
+def _limit(table: BudgetTable, unit: str) -> float | None:
+    """Return the most that a new run may spend on a unit, or None if the run has no limit for it."""
+    limits = [limit for limit in (table.epsilon, table.epsilon_per_run) if limit is not None]
+    return min(limits, default=None) if table.unit == unit else None
+
+
+def _server_sees(simulation: Simulation) -> str:
+    clients, protection = simulation.private_clients, simulation.strategy.protection()
+    return server_saw(protection if clients is None else with_examples(protection, clients.protection()))
+
+
+def _of_clients(simulation: Simulation, budget: float | None) -> Outlook | None:
+    plan = simulation.plan  # which refuses rounds that are not as private as is claimed
+    strategy, sampling = plan.strategy, plan.sampling
     terms = strategy.privacy()
     if terms is None:
         return None
-    require_accountable(strategy, sampling, simulation.minimum_replies)
-    event = strategy.pipeline().event()
-    if event is None:
-        raise PrivacyError(f"{type(strategy).__name__} claims privacy and reports no event; nothing can account for it")
-    if terms.secret_cohort:
-        event = sampling.event(len(simulation.population), event)
+    event = event_of(strategy, terms, sampling, len(simulation.population))
     rounds = simulation.rounds if terms.rounds is None else 1
     if terms.rounds is not None and simulation.rounds > terms.rounds:
         raise ConfigError(
@@ -87,7 +141,7 @@ def outlook_of(simulation: Simulation, budget: float | None = None) -> Outlook |
         unit=terms.unit,
         adjacency=terms.adjacency or sampling.adjacency,
         release=_release(simulation),
-        budget=budget,
+        budget=_limit(simulation.budget, terms.unit) if budget is None else budget,
     )
 
 
@@ -100,13 +154,16 @@ def _release(simulation: Simulation) -> Release | None:
     return Release(float(strategy.clip_norm), strategy.noise_multiplier, strategy.expected_cohort, size)
 
 
-def _draw(path: Path, found: Outlook, budget: float | None) -> None:
+def _draw(path: Path, outlooks: Sequence[Outlook], budget: float | None) -> None:
     from server.plots_privacy import epsilon_figure
 
-    last = found.claims[-1][1]
-    terms = f"delta {last.delta:g}, {last.adjacency}, {last.sampling}"
-    points = [(number, claim.epsilon) for number, claim in found.claims]
-    figure = epsilon_figure({last.unit: points}, terms, budget)
+    lasts = [found.claims[-1][1] for found in outlooks]
+    terms = dict.fromkeys(f"delta {last.delta:g}, {last.adjacency}, {last.sampling}" for last in lasts)
+    curves = {
+        last.unit: [(number, claim.epsilon) for number, claim in found.claims]
+        for last, found in zip(lasts, outlooks, strict=True)
+    }
+    figure = epsilon_figure(curves, "; ".join(terms), budget)
     if figure is None:
         raise PrivacyError("no round has a finite epsilon, so there is nothing to draw")
     path.parent.mkdir(parents=True, exist_ok=True)

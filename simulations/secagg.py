@@ -2,98 +2,40 @@
 
 The very client half of the fleet runs here; only training is done for the whole cohort by an engine, whose workers add
 up ring vectors. A member's masks go onto that sum instead of onto its own vector, which comes to the same sum.
-What one process may share among its clients, it computes once: a bulletin read, a signature checked.
+What one process may share among its clients, it computes once: see `virtual_sites`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence, Set
-from typing import Any
 
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from torch import Tensor
 
 from clients.secagg import SecureMember
 from clients.secagg_assisted import AssistedMember
 from clients.standing import Standing
-from fedml_core.binding import binding_of
 from fedml_core.bulk import GatheredArrival
 from fedml_core.errors import RefusalError, SecureAggregationError
-from fedml_core.messages import Arrived, Assignment, Failure, Reply, SecureAnswer, SecureWork, TrainWork
+from fedml_core.messages import Arrived, Assignment, Failure, Reply, SecureAnswer, SecureWork
 from fedml_core.randomness import keyed_words
 from fedml_core.ring import RingSum
-from fedml_core.secagg.assisted import Panel
-from fedml_core.secagg.bulletin import Bulletin, Verify, verify
 from fedml_core.secagg.client import ClientSession
-from fedml_core.secagg.keys import derive
-from fedml_core.secagg.parameters import Parameters
-from fedml_core.secagg.secrets import Secret
 from fedml_core.secagg.unmasked import UnmaskedClientSession, believe
 from fedml_core.spans import span
 from fedml_core.update import Update
-from server.secagg import Witnesses
+from server.secure_exchange import Witnesses
 from server.validation import UpdateIntake
 from simulations.engines.engine import Session, Stage, arrival_of
+from simulations.virtual_sites import AnySite, VirtualRoster
 
-__all__ = ["ASSISTED_STAGES", "STAGES", "SecureMembers", "VirtualMembers", "VirtualRoster"]
+__all__ = ["ASSISTED_STAGES", "STAGES", "SecureMembers", "VirtualMembers"]
 
 STAGES = ("advertise", "share", "mask", "confirm", "unmask")
 """The exchanges of a secure sum, in order; a client that drops out does so at one of them."""
 
 ASSISTED_STAGES = ("assist-advertise", "contribute", "assist-gather", "assist-witness", "assist-answer")
 """Those of a sum with assistants: an assistant drops out at one of them, everybody else has only one."""
-
-
-class VirtualRoster(Mapping[int, bytes]):
-    """Identities of virtual clients, made when they are asked for, from one fresh secret for the whole run."""
-
-    digest = "virtual"
-
-    def __init__(self, count: int) -> None:
-        self._count, self._root = count, Secret.fresh(32)
-        self._keys: dict[int, tuple[Ed25519PrivateKey, bytes]] = {}
-        self._valid: set[tuple[bytes, bytes, bytes]] = set()
-
-    def __getitem__(self, member: int) -> bytes:
-        """Return a member's public identity key."""
-        return self._pair(member)[1]
-
-    def __iter__(self) -> Iterator[int]:
-        """Return the members."""
-        return iter(range(self._count))
-
-    def __len__(self) -> int:
-        """Return how many members there are."""
-        return self._count
-
-    def sign_as(self, member: int) -> Any:
-        """Return what signs as a member."""
-        return self._pair(member)[0].sign
-
-    def verify(self, key: bytes, signature: bytes, message: bytes) -> bool:
-        """Return whether a signature holds; one that did is remembered for this process's other members."""
-        triple = (key, signature, message)
-        if triple in self._valid:
-            return True
-        if held := verify(key, signature, message):
-            self._valid.add(triple)
-        return held
-
-    def forget(self) -> None:
-        """Let go of what belongs to one round."""
-        self._keys.clear()
-        self._valid.clear()
-
-    def _pair(self, member: int) -> tuple[Ed25519PrivateKey, bytes]:
-        if member not in self._keys:
-            if not 0 <= member < self._count:
-                raise KeyError(member)
-            with derive(self._root, "identity", b"", member) as seed:
-                private = Ed25519PrivateKey.from_private_bytes(bytes(seed.view()))
-            self._keys[member] = (private, private.public_key().public_bytes_raw())
-        return self._keys[member]
 
 
 class VirtualMembers:
@@ -104,7 +46,9 @@ class VirtualMembers:
 
     def __init__(self, count: int, *, draw_masks: bool = True) -> None:
         self._roster, self._draw_masks = VirtualRoster(count), draw_masks
-        self._believed = Witnesses(self._roster, self._roster.digest, self._roster.verify if draw_masks else believe)
+        self._believed = Witnesses(
+            self._roster, self._roster.digest, self._roster.shared.verify if draw_masks else believe
+        )
 
     def witnesses(self) -> Witnesses:
         """Return whom the server believes."""
@@ -128,9 +72,7 @@ class SecureMembers:
         self._lost: set[int] = set()
         self._assistants: frozenset[int] = frozenset()
         self._round = -1
-        self._bulletins: dict[tuple[bytes, bytes], Bulletin] = {}
-        self._panels: dict[tuple[bytes, bytes], Panel] = {}
-        self._bound: tuple[Tensor, TrainWork | None, bytes] | None = None
+        self._site = AnySite()
 
     def deliver(self, assignments: Mapping[int, Assignment], reachable: Sequence[int]) -> Iterator[Arrived]:
         """Yield the answers of those that are reached and have not dropped out."""
@@ -140,8 +82,7 @@ class SecureMembers:
         if first.round != self._round:
             self._round = first.round
             self._lost.clear()
-            self._bulletins.clear()
-            self._panels.clear()
+            self._roster.forget()
         if work.stage == "assist-advertise":
             self._assistants = frozenset(assignments)
         answering = self._answering(list(assignments), frozenset(reachable), first.round, work.stage)
@@ -240,61 +181,17 @@ class SecureMembers:
                 self._roster,
                 self._roster.digest,
                 self._roster.sign_as(member),
-                _NoCounter(),
-                _NoFloor(),
-                verify=self._roster.verify if self._kind is ClientSession else believe,
+                self._site,
+                self._site,
+                verify=self._roster.shared.verify if self._kind is ClientSession else believe,
                 threads=self._threads,
-                read_bulletin=self._read_bulletin,
-                read_panel=self._read_panel,
-                bind=self._bind,
+                read_bulletin=self._roster.shared.read_bulletin,
+                read_panel=self._roster.shared.read_panel,
+                bind=self._roster.shared.bind,
                 open_session=self._kind,
             )
             self._members[member] = SecureMember(standing, _untrained)
         return self._members[member]
-
-    def _read_bulletin(
-        self, parameters: Parameters, message: bytes, roster: Mapping[int, bytes], check: Verify
-    ) -> Bulletin:
-        key = (parameters.context, message)
-        if key not in self._bulletins:
-            self._bulletins[key] = Bulletin.read(parameters, message, roster, check)
-        return self._bulletins[key]
-
-    def _read_panel(self, parameters: Parameters, message: bytes, roster: Mapping[int, bytes], check: Verify) -> Panel:
-        key = (parameters.context, message)
-        if key not in self._panels:
-            self._panels[key] = Panel.read(parameters, message, roster, check)
-        return self._panels[key]
-
-    def _bind(self, assignment: Assignment) -> bytes:
-        """Return the binding, computed once for members that were given the very same model and work."""
-        work = assignment.work
-        assert isinstance(work, SecureWork)
-        parameters, train, binding = self._bound or (None, None, b"")
-        if parameters is not assignment.parameters or train is not work.train:
-            binding = binding_of(assignment)
-            self._bound = (assignment.parameters, work.train, binding)
-        return binding
-
-
-class _NoCounter:
-    """Virtual clients live and die with their process, which uses no number twice."""
-
-    def advance(self, run: str, round_number: int, attempt: int) -> None:
-        """Accept."""
-
-
-class _NoFloor:
-    """Virtual clients have no policy of their own."""
-
-    def check(self, parameters: Parameters) -> None:
-        """Accept."""
-
-    def check_attempts(self, round_number: int, attempts: int) -> None:
-        """Accept."""
-
-    def check_members(self, members: int, threshold: int) -> None:
-        """Accept."""
 
 
 def _parts(assignment: Assignment) -> Mapping[str, bytes]:

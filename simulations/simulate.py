@@ -11,10 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clients.memory import InProcessMemory, MemoryStore, SpillingMemory
+from clients.memory import InProcessMemory, MemoryStore
+from clients.spilling_memory import SpillingMemory
 from clients.torch_trainer import TorchTrainer
-from fedml_core.errors import ConfigError
+from fedml_core.errors import CheckpointError, ConfigError
 from fedml_core.named import nearest
+from fedml_core.policy_tables import BudgetTable
 from fedml_core.task import Task
 from fedml_core.training import Training
 from server.checkpoint import RunState
@@ -31,10 +33,14 @@ from simulations.faults import Faults
 from simulations.partition import Iid
 from simulations.partition_contract import Partitioner
 from simulations.population import Population, population_of
+from simulations.private_clients import PrivateClients, require_counted, require_private
 from simulations.virtual_time import Fleet, VirtualClock, reached, require_same
 from strategies.strategy import Strategy
 
 if TYPE_CHECKING:
+    from clients.private_training import PrivateTraining
+    from simulations.client_budget import ClientBudget
+    from simulations.private_accounts import Accounts
     from simulations.secagg import VirtualMembers
 
 _CLOCK = "clock"  # where a checkpoint keeps the virtual time, beside the clients' memories
@@ -49,7 +55,9 @@ class Simulation:
     `sampling`: each round's cohort. `device`: "auto", "cpu", "cuda", ... `seed`: of everything that must reproduce.
     `fleet`: the devices to pretend to run on; `round_timeout_s`: the deadline on their virtual clock. Without a fleet
     nothing takes time and nobody is late. `memory_bytes`: of what clients remember in a run with a folder; the rest of
-    it lies in the folder.
+    it lies in the folder. `private`: how every client protects its examples, or None. `budget`: at which delta that is
+    counted, and the most that it may cost an example of any client, or a client where the strategy protects these and
+    the budget says so; a round that would cost more is not begun.
     """
 
     task: Task
@@ -70,6 +78,8 @@ class Simulation:
     seed: int = 0
     device: str = "auto"
     memory_bytes: int = 1 << 30
+    private: PrivateTraining | None = None
+    budget: BudgetTable = field(default_factory=BudgetTable)
 
     def __post_init__(self) -> None:
         """Check what can be checked before any data is loaded."""
@@ -81,6 +91,9 @@ class Simulation:
         self.sampling.require(count)
         if self.evaluation.clients is not None:
             self.evaluation.clients.require(count)
+        if self.private is not None:
+            require_private(self.engine)
+        require_counted(self.budget, self.strategy.privacy(), examples=self.private is not None)
 
     @cached_property
     def plan(self) -> Plan:
@@ -105,8 +118,20 @@ class Simulation:
 
     @cached_property
     def trainer(self) -> TorchTrainer:
-        """Return the trainer that the clients share."""
+        """Return the trainer that the clients share; those that protect their examples only evaluate by it."""
         return TorchTrainer(self.task, self.seed, device=self.device)
+
+    @cached_property
+    def private_clients(self) -> PrivateClients | None:
+        """Return how clients protect their examples and what a training costs, or None where they do not.
+
+        Raises: TaskError: if the model cannot be trained so, with what to use instead.
+        """
+        if self.private is None:
+            return None
+        found = PrivateClients.of(self.private, self.training)
+        found.trainer(self.task, self.seed, device=self.device)
+        return found
 
     def run(
         self,
@@ -118,6 +143,7 @@ class Simulation:
     ) -> History:
         """Run it, recording to the folder `out` if there is one, calling each callback after each round."""
         folder = RunFolder(out, self.plan) if out is not None else None
+        _ = self.private_clients  # a model that cannot be private is refused before the folder is touched
         state = self._state(folder, resume=resume, overwrite=overwrite)
         memory: InProcessMemory | SpillingMemory
         memory = InProcessMemory() if out is None else SpillingMemory(out, self.memory_bytes)
@@ -131,22 +157,20 @@ class Simulation:
                 require_same(time.get("fleet"), None)
             elif state.round > 0:
                 clock.restore(time)
+            accounts = self._accounts(state, out, resume=resume)
+            if accounts is not None:
+                held.callback(accounts.close)
             virtual = self._virtual_members() if self.strategy.takes_secure_sums else None
-            coordinator = coordinator_for(
-                self.task,
-                self.plan,
-                state,
-                self.trainer,
-                witnesses=None if virtual is None else virtual.witnesses,
-                folder=folder,
-            )
-            stage = self._stage(memory)
+            coordinator = self._coordinator(state, folder, virtual)
+            stage = self.stage(memory)
+            if accounts is not None:
+                stage = dataclasses.replace(stage, again=accounts.charge)
             session = self.engine.open(stage)
             held.callback(session.close)
             members = None if virtual is None else virtual.members(stage, session)
             reports = record_rounds(
                 coordinator,
-                SimulationChannel(stage, session, clock, members),
+                SimulationChannel(stage, session, clock, members, accounts=accounts),
                 self.rounds,
                 folder=folder,
                 callbacks=callbacks,
@@ -154,6 +178,31 @@ class Simulation:
             )
         facts = {"clients": len(self.population), "engine": self.engine.name, **self._times(clock, reports)}
         return finished(coordinator, reports, folder, **facts)
+
+    def stage(self, memory: MemoryStore) -> Stage:
+        """Return what an engine needs to know of the run. `memory`: what clients remember."""
+        return Stage(
+            task=self.task,
+            trainer=self.trainer,
+            population=self.population,
+            memory=memory,
+            strategy=self.strategy,
+            faults=self.faults,
+            seed=self.seed,
+            private=self.private_clients,
+        )
+
+    def _coordinator(self, state: RunState, folder: RunFolder | None, virtual: VirtualMembers | None) -> Coordinator:
+        return coordinator_for(
+            self.task,
+            self.plan,
+            state,
+            self.trainer,
+            witnesses=None if virtual is None else virtual.witnesses,
+            folder=folder,
+            reserve=self._client_budget(state),
+            reported=None if self.private is None else ("examples",),
+        )
 
     def _virtual_members(self) -> VirtualMembers:
         from simulations.secagg import VirtualMembers  # loads cryptography, which sums in the clear do without
@@ -169,16 +218,33 @@ class Simulation:
         targets = reached(reports, self.fleet.targets)
         return {"virtual_seconds": clock.now_s, **({"targets": targets} if targets else {})}
 
-    def _stage(self, memory: MemoryStore) -> Stage:
-        return Stage(
-            task=self.task,
-            trainer=self.trainer,
-            population=self.population,
-            memory=memory,
-            strategy=self.strategy,
-            faults=self.faults,
-            seed=self.seed,
-        )
+    def _accounts(self, state: RunState, out: Path | None, *, resume: bool) -> Accounts | None:
+        """Return the accounts of the clients' examples, or None where these are not protected.
+
+        Raises: CheckpointError: if the run began with other accounts, or without.
+        """
+        if out is None and self.private is None:
+            return None
+        from simulations.private_accounts import ACCOUNTS_FILE, Accounts, forget_accounts
+
+        if out is not None and not resume:
+            forget_accounts(out)
+        if self.private_clients is None:
+            if out is not None and (out / ACCOUNTS_FILE).exists():
+                raise CheckpointError(
+                    f"{out} holds a run whose clients protect their examples, and now they would not; restore "
+                    "[clients.examples], or start a new run in another folder"
+                )
+            return None
+        return Accounts(self.private_clients, self.budget, folder=out, run=state.run, resumed=resume)
+
+    def _client_budget(self, state: RunState) -> ClientBudget | None:
+        terms = self.strategy.privacy()
+        if terms is None or not self.budget.limited or self.budget.unit != terms.unit:
+            return None
+        from simulations.client_budget import ClientBudget  # loads the accountant, which others do without
+
+        return ClientBudget(self.budget, terms, terms.adjacency or self.sampling.adjacency, state)
 
     def _state(self, folder: RunFolder | None, *, resume: bool, overwrite: bool) -> RunState:
         spec = self.trainer.spec

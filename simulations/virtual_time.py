@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from fedml_core.checks import require_number
 from fedml_core.errors import CheckpointError, ConfigError, TaskError
-from fedml_core.messages import Assignment, Reply, TrainWork, assignment_to_frame, reply_to_frame
+from fedml_core.message_frames import assignment_to_frame, reply_to_frame
+from fedml_core.messages import Assignment, Reply, TrainWork
 from fedml_core.training import Training
 from fedml_core.transform import State
 from fedml_core.update import Update

@@ -144,11 +144,12 @@ class FlowerStrategy(FlowerContract):
         """Refuse a strategy that promises what clients without our code cannot keep."""
         if not isinstance(strategy, Strategy):
             raise StrategyError(f"FlowerStrategy takes one of fedveil's strategies, got {type(strategy).__name__}")
-        if strategy.protection() != "none":
+        if strategy.privacy() is not None or strategy.protection() != "none":
             name, promised = type(strategy).__name__, strategy.protection()
             raise StrategyError(
-                f"Flower's clients send their models in the clear, so {name} cannot give {promised!r} here; "
-                "run it with fedveil's own clients, or secure sums with server.flower.SecureFlowerStrategy"
+                "Flower's clients send their models in the clear, and nothing counts what a round costs, so "
+                f"{name} cannot give {promised!r} here; run it with fedveil's own clients, with "
+                "server.PrivateFlowerStrategy for noise at the server, or server.SecureFlowerStrategy for secure sums"
             )
 
     def _hold(self, arrays: ArrayRecord) -> None:
@@ -172,7 +173,7 @@ class FlowerStrategy(FlowerContract):
         try:
             total = taken()
             stepped, after = self.strategy.step(parameters, total, state, draws)
-            arrays = layout.merge(stepped, arrays) if total.count else arrays
+            arrays = arrays if stepped is parameters else layout.merge(stepped, arrays)
             self.state = after
         except StrategyError as error:
             _log.error("round %d changed nothing: %s", server_round, error)

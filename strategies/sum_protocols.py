@@ -38,27 +38,16 @@ class SumProtocol(Named):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SecAggPlus(SumProtocol):
-    """Pairwise masks that cancel, on a complete graph up to 100 clients and on a sparse one above.
-
-    Args: corrupt_share, dropout_share: the shares of a cohort that may collude with the server, and that may be lost.
-        active: whether the server may deviate from the protocol; otherwise it must be trusted to follow it.
-        security_bits: of the statistical security of a sparse graph.
-    Trust: server sees only sums, as long as no more clients collude with it than stated.
-    Source: Bonawitz et al. (2017), doi:10.1145/3133956.3133982; Bell et al. (2020), doi:10.1145/3372297.3417885.
-    """
+class _Signed(SumProtocol):
+    """A protocol that members sign if the server may be active, and a share of whose members may collude with it."""
 
     corrupt_share: float = 0.1
-    dropout_share: float = 0.1
     active: bool = True
-    security_bits: int = 60
 
     def __post_init__(self) -> None:
-        """Check the shares."""
+        """Check the share."""
         super().__post_init__()
         require_number("corrupt_share", self.corrupt_share, at_least=0, below=1)
-        require_number("dropout_share", self.dropout_share, at_least=0, below=1)
-        require_whole("security_bits", self.security_bits, at_least=20, at_most=100)
 
     @property
     def signed(self) -> bool:
@@ -71,13 +60,34 @@ class SecAggPlus(SumProtocol):
 
         return at_most(self.corrupt_share, members)
 
+
+@dataclass(frozen=True, kw_only=True)
+class SecAggPlus(_Signed):
+    """Pairwise masks that cancel, on a complete graph up to 100 clients and on a sparse one above.
+
+    Args: corrupt_share, dropout_share: the shares of a cohort that may collude with the server, and that may be lost.
+        active: whether the server may deviate from the protocol; otherwise it must be trusted to follow it.
+        security_bits: of the statistical security of a sparse graph.
+    Trust: server sees only sums, as long as no more clients collude with it than stated.
+    Source: Bonawitz et al. (2017), doi:10.1145/3133956.3133982; Bell et al. (2020), doi:10.1145/3372297.3417885.
+    """
+
+    dropout_share: float = 0.1
+    security_bits: int = 60
+
+    def __post_init__(self) -> None:
+        """Check the share and the bits."""
+        super().__post_init__()
+        require_number("dropout_share", self.dropout_share, at_least=0, below=1)
+        require_whole("security_bits", self.security_bits, at_least=20, at_most=100)
+
     def label(self) -> str:
         """Return the mode."""
         return "SecAgg+, active server" if self.active else "SecAgg+, semi-honest server"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AssistedOneShot(SumProtocol):
+class AssistedOneShot(_Signed):
     """Each client sends one message and is done; assistants take the masks off the sum.
 
     Args: assistants: their client numbers, 2 to 7; they may be in the cohort, too. threshold: how many of them may
@@ -95,9 +105,7 @@ class AssistedOneShot(SumProtocol):
     assistants: tuple[int, ...]
     threshold: int = 1
     lying: int = 0
-    active: bool = True
     each: int = 1
-    corrupt_share: float = 0.1
 
     def __post_init__(self) -> None:
         """Put the assistants in order, and check every number."""
@@ -105,7 +113,6 @@ class AssistedOneShot(SumProtocol):
         from fedml_core.secagg.assistance import Assistance  # loads cryptography, which other strategies do without
 
         require_whole("each", self.each, at_least=1, at_most=2)
-        require_number("corrupt_share", self.corrupt_share, at_least=0, below=1)
         if not isinstance(self.assistants, tuple | list):
             raise ConfigError(f"assistants must be a list of client numbers, got {self.assistants!r:.40}")
         numbers = tuple(self.assistants)
@@ -116,17 +123,6 @@ class AssistedOneShot(SumProtocol):
         except SecureAggregationError as error:
             raise ConfigError(f"AssistedOneShot: {error}") from error
         object.__setattr__(self, "assistants", named.assistants)
-
-    @property
-    def signed(self) -> bool:
-        """Return whether the server may be active."""
-        return self.active
-
-    def corrupt(self, members: int) -> int:
-        """Return the colluding share of them."""
-        from fedml_core.secagg.graph import at_most  # loads cryptography, which other strategies do without
-
-        return at_most(self.corrupt_share, members)
 
     def label(self) -> str:
         """Return the mode."""

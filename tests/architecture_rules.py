@@ -35,17 +35,20 @@ FLOWER_FILES: Mapping[str, tuple[str, ...]] = {
     # File: the names below Flower's public ones that it may import.
     "server/fleet.py": (ANY_NAME,),
     "clients/fleet.py": (ANY_NAME,),
-    "simulations/flower_grid.py": (
+    "simulations/flower_apps.py": ("flwr.common.constant.SUPERLINK_NODE_ID",),
+    "simulations/flower_grid.py": ("flwr.common.constant.ErrorCode", "flwr.supercore.run.Run"),
+    "simulations/flower_messages.py": (
         "flwr.app.message.make_message",
         "flwr.common.constant.ErrorCode",
         "flwr.common.constant.SUPERLINK_NODE_ID",
-        "flwr.supercore.run.Run",
         "flwr.supercore.task_identity.TaskIdentity",
     ),
+    "simulations/flower_nodes.py": (),
     "strategies/flower.py": (),
     "clients/flower.py": (),
     "server/flower.py": (),
     "server/flower_channel.py": (),
+    "server/flower_private.py": (),
     "fedml_core/flower_records.py": (),
     "fedml_core/flower_secure.py": (),
     GUARD: (),

@@ -13,7 +13,8 @@ from clients.client import Client
 from clients.memory import InProcessMemory
 from fedml_core.data import ClientData, Data, Examples
 from fedml_core.errors import FedveilError
-from fedml_core.messages import Arrival, Assignment, Reply, reply_to_frame
+from fedml_core.message_frames import reply_to_frame
+from fedml_core.messages import Arrival, Assignment, Reply
 from fedml_core.model import ModelSpec
 from fedml_core.randomness import Key
 from fedml_core.training import Training

@@ -11,18 +11,8 @@ import torch
 
 from fedml_core.handshake import Greeting, Hello, Introduction, greeting_from_frame, greeting_to_frame
 from fedml_core.identity import PublicKeys, Site
-from fedml_core.messages import (
-    Arrival,
-    Assignment,
-    EvaluateWork,
-    Evaluation,
-    Failure,
-    Refusal,
-    Reply,
-    assignment_from_frame,
-    assignment_to_frame,
-    reply_to_frame,
-)
+from fedml_core.message_frames import assignment_from_frame, assignment_to_frame, reply_to_frame
+from fedml_core.messages import Arrival, Assignment, EvaluateWork, Evaluation, Failure, Refusal, Reply
 from fedml_core.model import ModelSpec
 from fedml_core.wire import Frame
 from server.fleet_channel import FleetChannel

@@ -11,20 +11,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from clients.client import Client
 from clients.standing import Counter, Standing
 from fedml_core.errors import RefusalError
-from fedml_core.messages import (
-    Arrival,
-    Assignment,
-    Reply,
-    SecureWork,
-    assignment_from_frame,
-    assignment_to_frame,
-    reply_from_frame,
-    reply_to_frame,
-)
-from fedml_core.secagg.parameters import Parameters
+from fedml_core.message_frames import assignment_from_frame, assignment_to_frame, reply_from_frame, reply_to_frame
+from fedml_core.messages import Arrival, Assignment, Reply, SecureWork
 from server.coordinator import Coordinator
 from server.plan import Plan
-from server.secagg import SecureGathering, Witnesses
+from server.secagg import SecureGathering
+from server.secure_exchange import Witnesses
+from simulations.virtual_sites import AnySite
 from strategies.secure import SecureAggregation
 from tests.doubles import PullChannel, data_of
 
@@ -58,19 +51,6 @@ class RememberedAttempts:
         self.last[run] = attempt
 
 
-class AnyCohort:
-    """A floor under which nothing lies."""
-
-    def check(self, parameters: Parameters) -> None:
-        """Accept."""
-
-    def check_attempts(self, round_number: int, attempts: int) -> None:
-        """Accept."""
-
-    def check_members(self, members: int, threshold: int) -> None:
-        """Accept."""
-
-
 class SecureChannel(PullChannel):
     """`PullChannel` whose clients take part in secure sums; every message crosses as a frame.
 
@@ -102,7 +82,7 @@ class SecureChannel(PullChannel):
             self.digests.get(number, DIGEST),
             self.keys.private[number].sign,
             self.counters[number],
-            AnyCohort(),
+            AnySite(),
         )
         load = partial(data_of, number, self.size)
         return Client(number, load, self.trainer, self.memory, standing=standing)

@@ -94,7 +94,7 @@ LEFT_ALONE: tuple[tuple[Rule, str, str], ...] = (
     (flower_stays_in_its_files, "server/fleet.py", "from flwr.superlink.main import create_app"),
     (
         flower_stays_in_its_files,
-        "simulations/flower_grid.py",
+        "simulations/flower_messages.py",
         "from flwr.supercore.task_identity import TaskIdentity",
     ),
     (the_guard_comes_before_flower, "server/fleet.py", "import fedml_core.engine_guard\nimport flwr.app"),

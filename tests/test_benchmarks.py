@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import aggregate, secagg
-from benchmarks.compare import Contender, contenders, rate_of, ratios
+from benchmarks.compare import Contender, Result, contenders, memory_ratios, ratios, result_of
 from benchmarks.measuring import Peak, Rounds
 from benchmarks.secagg_roofline import Roofline, taking_turns
 from benchmarks.secagg_simulated import training, virtual
@@ -97,13 +97,29 @@ def test_a_contender_that_fails_is_said_and_left_out(capfd: pytest.CaptureFixtur
     broken = Contender("broken", "pfl", (sys.executable, "-c", "raise SystemExit('no such peer')"))
     silent = Contender("silent", "pfl", (sys.executable, "-c", ""))
     missing = Contender("missing", "pfl", (str(ROOT / "no-such-python"),))
-    assert [rate_of(one, 60) for one in (broken, silent, missing)] == [None, None, None]
+    assert [result_of(one, 60) for one in (broken, silent, missing)] == [None, None, None]
     said = capfd.readouterr().err.splitlines()
     assert said == [
         "broken failed: no such peer",
         "silent failed: it printed nothing",
         "missing failed: FileNotFoundError",
     ]
+
+
+def test_a_run_is_judged_by_the_line_that_it_printed_last() -> None:
+    lines = [json.dumps({"workload": "w", "samples_per_s": rate, "rss_mb": 4 * rate}) for rate in (5.0, 7.0)]
+    said = Contender("said", "pfl", (sys.executable, "-c", f"print({lines[0]!r}, {lines[1]!r}, 'bye', sep=chr(10))"))
+    assert result_of(said, 60) == Result(7.0, 28.0)
+
+
+def test_memory_is_compared_between_what_is_spread_over_all_processors() -> None:
+    rows = contenders("logreg", {"pfl": "a/python", "flower": "b/python"})
+    ours, pfl, flower = spread = [row for row in rows if row.spread]
+    assert [row.kind for row in spread] == ["ours", "pfl", "flower"] and "processes" in ours.name
+    memory: dict[str, list[float | None]] = {row.name: [1.0, 1.0, 1.0] for row in rows}
+    memory.update({ours.name: [300.0, 500.0, None], pfl.name: [600.0, 800.0, 1.0], flower.name: [None] * 3})
+    assert memory_ratios(memory, rows) == {"pfl": [0.562, 0.5, 0.625]}
+    assert memory_ratios(memory, contenders("logreg", {"pfl": "a/python", "flower": None}, ["fused"])) == {}
 
 
 def test_ratios_are_of_the_best_to_the_best_pass_by_pass() -> None:

@@ -23,6 +23,7 @@ from tests.sources import ROOT
 EXAMPLES = ROOT / "examples"
 PROJECTS = ("breast_cancer", "diabetes", "digits", "iris")
 FLOWER_APP = "flower_app"
+PAGES = sorted(EXAMPLES.glob("*/*.md"))
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +60,9 @@ def test_an_example_is_a_task_a_run_and_a_page_of_some_ten_lines(name: str) -> N
     assert 6 <= len((EXAMPLES / name / "README.md").read_text().splitlines()) <= 20
 
 
-@pytest.mark.parametrize("name", [*PROJECTS, FLOWER_APP])
-def test_the_commands_of_its_page_name_what_exists(name: str) -> None:
-    page = (EXAMPLES / name / "README.md").read_text()
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_the_commands_of_its_page_name_what_exists(path: Path) -> None:
+    page = path.read_text()
     assert commands(page)
     assert flaws([*commands(page), *inline_commands(page)]) == []
 
@@ -111,6 +112,41 @@ def test_a_thousand_clients_of_which_a_tenth_drop_out_are_summed_securely() -> N
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout.splitlines()[-1])
     assert summary["void_rounds"] == 0 and summary["clients"] == 120
+
+
+# What of a private run of the digits is done here, the epsilon that its rounds cost, and the accuracy that it reaches.
+PRIVATE = {
+    "private.toml": (("--rounds", "20"), (3.5, 3.7), 0.85),
+    "correlated.toml": (("--rounds", "12"), (7.9, 8.0), 0.85),
+    "hospitals.toml": (("--rounds", "8"), (4.2, 4.4), 0.85),
+    "distributed.toml": (
+        (
+            *("--rounds", "4", "--set", "clients.count=100", "--set", "strategy.strategy.cohort_size=100"),
+            *("--set", "strategy.strategy.honest=80", "--set", "strategy.protocol.minimum=85"),
+            *("--set", "strategy.strategy.noise_multiplier=1.3"),
+        ),
+        (7.0, 8.0),
+        0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_run_of_the_digits_says_what_its_rounds_cost_and_learns(name: str) -> None:
+    shorter, (least, most), accuracy = PRIVATE[name]
+    result = fedveil("simulate", str(EXAMPLES / "digits" / name), "--json", "--no-plots", *shorter)
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert least < summary["epsilon"] < most
+    assert summary["privacy"]["unit"] == ("example" if name == "hospitals.toml" else "client")
+    assert summary["metrics"]["server"]["accuracy"] > accuracy
+
+
+def test_every_private_run_of_the_digits_has_a_page_and_a_test() -> None:
+    page = (EXAMPLES / "digits" / "private.md").read_text()
+    linear = [path.name for path in (EXAMPLES / "digits").glob("*.toml") if "task.py:linear" in path.read_text()]
+    assert sorted(linear) == sorted(PRIVATE)
+    assert all(f"fedveil simulate examples/digits/{name}" in page for name in linear)
 
 
 def test_iris_from_libsvm_text_is_at_most_one_flower_worse_than_scikit_learn() -> None:

@@ -259,6 +259,7 @@ def test_a_client_ends_well_when_the_server_says_goodbye(tmp_path: Path) -> None
         "metrics": {},
         "protection": "none",
         "epsilon": None,
+        "privacy": None,
         "seconds": 0.0,
         "engine": "fleet",
         "out": None,

@@ -3,6 +3,8 @@ from .accounting import epsilon_of as epsilon_of
 from .adaptive_clip import AdaptiveClip as AdaptiveClip
 from .analytic import analytic_gaussian_epsilon as analytic_gaussian_epsilon
 from .analytic import analytic_gaussian_sigma as analytic_gaussian_sigma
+from .budget import Accountant as Accountant
+from .budget import Budget as Budget
 from .calibration import noise_for as noise_for
 from .clipping import ClipByNorm as ClipByNorm
 from .correlated import BandedNoise as BandedNoise
@@ -12,6 +14,14 @@ from .discrete import Skellam as Skellam
 from .events import canonical as canonical
 from .events import checked as checked
 from .gaussian import ServerGaussian as ServerGaussian
+from .integer_noise import GaussianIntegers as GaussianIntegers
+from .integer_noise import IntegerNoise as IntegerNoise
+from .integer_noise import SkellamIntegers as SkellamIntegers
+from .ledger import Ledger as Ledger
+from .ledger_entries import Account as Account
+from .ledger_entries import Entry as Entry
+from .ledger_entries import Link as Link
+from .ledger_entries import Purpose as Purpose
 from .local import LocalGaussian as LocalGaussian
 from .outlook import Outlook as Outlook
 from .outlook import Release as Release

@@ -27,6 +27,7 @@ from fedml_core.privacy.curves import curve_of, gaussian_ratio
 from fedml_core.privacy.events import ADJACENCIES, UNITS, Term, fold, sampling_of
 from fedml_core.privacy.losses import FINE, Piece, loss_epsilon
 from fedml_core.privacy.renyi import ORDERS, epsilon_from
+from fedml_core.privacy.terms import epsilon_text
 
 __all__ = ["Claim", "cost", "epsilon_of"]
 
@@ -49,9 +50,8 @@ class Claim:
 
     def __str__(self) -> str:
         """Return the claim on one line; the last digit of epsilon is rounded up."""
-        upward = math.ceil(self.epsilon * 1e4) / 1e4
         about = f"unit {self.unit}, {self.adjacency}, sampling {self.sampling}, accountant {self.accountant}"
-        return f"epsilon {upward:.4f} at delta {self.delta:g} ({about})"
+        return f"epsilon {epsilon_text(self.epsilon)} at delta {self.delta:g} ({about})"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain values."""
@@ -90,7 +90,10 @@ def epsilon_of(
         raise PrivacyError(f"{sampling} sampling was claimed and the events say {found}; claim what was done")
     epsilon, accountant = cost(terms, delta, adjacency)
     if not math.isfinite(epsilon):
-        raise PrivacyError(f"these events have no finite epsilon at delta {delta:g}; add noise or take a larger delta")
+        raise PrivacyError(
+            f"these events have no finite epsilon at delta {delta:g}; add noise, take a larger delta, or release less "
+            "often"
+        )
     return Claim(epsilon, delta, unit, adjacency, found, accountant, _notes(terms, delta, population))
 
 

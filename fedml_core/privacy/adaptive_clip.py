@@ -140,10 +140,10 @@ def noise_beside_counter(noise_multiplier: float, counter_noise: float) -> float
         >>> round(noise_beside_counter(1.0, 100 / 20), 6)
         1.005038
     """
-    left = noise_multiplier**-2 - (2 * counter_noise) ** -2
-    if left <= 0:
+    share = noise_multiplier / (2 * counter_noise)
+    if not share < 1:
         raise PrivacyError(
             f"counter_noise must be > {noise_multiplier / 2:g} for noise_multiplier {noise_multiplier:g}, got "
             f"{counter_noise:g}; by default it is a twentieth of the expected cohort, so ask more clients, or name it"
         )
-    return float(left**-0.5)
+    return noise_multiplier / math.sqrt((1 - share) * (1 + share))

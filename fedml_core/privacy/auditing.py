@@ -25,6 +25,7 @@ from fedml_core.privacy.tails import binomial, largest_rate, normal_quantile, no
 __all__ = [
     "Estimate",
     "canary_estimate",
+    "compared_estimate",
     "epsilon_many_runs",
     "epsilon_one_run",
     "gaussian_tpr",
@@ -80,6 +81,30 @@ def canary_estimate(cosines: ArrayLike, dimension: int, delta: float) -> Estimat
     width = spread / math.sqrt(2 * count)
     bend = (epsilon(shift, spread + width) - epsilon(shift, max(spread - width, 1e-6))) / 2 if fitted else 0.0
     return Estimate(epsilon(shift, spread), math.hypot(slope, bend), count, shift)
+
+
+def compared_estimate(included: ArrayLike, excluded: ArrayLike, delta: float) -> Estimate:
+    """Return the epsilon by which canaries' scores are further up than those of canaries that took no part.
+
+    For scores of any scale: the excluded ones say what chance does. Both are taken for Gaussians of equal spread, so
+    scores that only seldom tell something, as of rare samples, estimate too little.
+    Guarantees: canaries that differ from absent ones by a Gaussian release give its epsilon.
+    Args: included, excluded: the scores, by a fair coin for each canary.
+    Raises: PrivacyError: for fewer than two scores in either, one that is not finite, or excluded ones all alike.
+    """
+    inside, outside = _scores("included", included), _scores("excluded", excluded)
+    require_number("delta", delta, above=0, below=1)
+    spread = float(outside.std(ddof=1))
+    if not spread > 0:
+        raise PrivacyError("excluded scores must differ; what is the same for all tells nothing of chance")
+    shift = float(inside.mean() - outside.mean()) / spread
+    wider = float(inside.std(ddof=1)) / spread
+    error = math.sqrt(wider**2 / len(inside) + (1 + shift**2 / 2) / len(outside))
+
+    def epsilon(mean: float) -> float:
+        return analytic_gaussian_epsilon(1 / mean, delta) if mean > 1e-9 else 0.0
+
+    return Estimate(epsilon(shift), (epsilon(shift + error) - epsilon(shift - error)) / 2, len(inside), shift)
 
 
 def two_gaussians_epsilon(mean: float, deviation: float, delta: float) -> float:

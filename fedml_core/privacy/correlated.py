@@ -36,6 +36,8 @@ from fedml_core.update import Total
 
 __all__ = ["BandedNoise", "Noise", "ServerBanded", "ServerTree", "TreeNoise", "root_coefficients"]
 
+_MOST_MOVED = 0.01  # of the bound, by rounding what is taken back
+
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(Named):
@@ -89,7 +91,7 @@ class BandedNoise(Noise):
     """Banded matrix factorisation: each round takes back a part of the noise of the `bands` - 1 rounds before it.
 
     Guarantees: the sensitivity is exact, since participations `bands` rounds apart have columns that do not overlap.
-    Args: rounds: of the whole run. bands: 1 for independent noise; state grows by the model for each more, in float64.
+    Args: rounds: of the whole run. bands: 1 for independent noise; state grows by the model for each more, in int64.
         separation: >= bands, the fewest rounds between participations; None for `bands`.
     """
 
@@ -168,8 +170,12 @@ class ServerTree(ServerNoise, Transform):
 class ServerBanded(ServerNoise, Transform):
     """Adds noise n_t = z_t - sum over i < bands of c_i n_(t-i), where z_t is fresh and c are the square root's numbers.
 
+    Sum, noise and what is taken back are whole steps of a grid: given what was released before, a release is a discrete
+    Gaussian around a whole number, so there are no floating-point numbers that one sum can reach and another cannot.
     Guarantees: the matrix of c times the noise of all rounds is independent, of standard deviation
         noise_multiplier x bound.
+    Guarantees: what rounding the sum and what is taken back adds to a client's influence is paid for by more noise, of
+        at most 2 %.
     Args: as `ServerNoise`; noise: the factorisation.
     """
 
@@ -177,21 +183,35 @@ class ServerBanded(ServerNoise, Transform):
 
     def init(self, spec: ModelSpec) -> State:
         """Return no noise of earlier rounds."""
-        return {"done": 0, "recent": torch.zeros(0, dtype=torch.float64)}
+        return {"done": 0, "recent": torch.zeros(0, dtype=torch.int64)}
+
+    def lattice(self, size: int) -> Lattice:
+        """Return the grid, whose noise pays for one more step in each coordinate of `bands` rounds.
+
+        Raises: PrivacyError: as `ServerNoise`, or if that would be more than 1 % of the bound.
+        """
+        fine, bands = super().lattice(size), self.noise.bands
+        moved = self.noise_multiplier * math.sqrt(size * bands) * fine.step / fine.sigma
+        if moved > _MOST_MOVED:
+            raise PrivacyError(
+                f"{size} coordinates with {bands} bands are too many for noise_multiplier {self.noise_multiplier:g}: "
+                "rounding them would move the sum too far; use a smaller model, fewer bands or less noise"
+            )
+        # Relative to the bound less the 1 % that `fine` may have given to its own rounding.
+        return Lattice(fine.step / (1 - moved / (1 - _MOST_MOVED)))
 
     def decode(self, total: Total, state: State, draws: Draws) -> tuple[Total, State]:
         """Return the sum plus this round's noise; `draws`, which can be reproduced, are not used."""
         done = _next_round(state, self.noise.rounds)
         lattice, size = self.lattice(total.values.shape[-1]), total.values.shape[-1]
-        noise = lattice.noise(NoiseStream.fresh(), size) * lattice.step
+        noise, taken_back = lattice.noise(NoiseStream.fresh(), size), np.zeros(size)
         recent = state["recent"].reshape(-1, size).numpy()  # the newest first
         for coefficient, before in zip(root_coefficients(self.noise.bands)[1:], recent, strict=False):
-            noise -= coefficient * before
-        # float32 has 2^29 times fewer numbers than float64, so what is released shows no trace of how it was added up.
-        values = torch.from_numpy(lattice.whole(total.values) * lattice.step + noise).float()
+            taken_back += coefficient * before
+        noise -= np.rint(taken_back).astype(np.int64)
+        values = lattice.values(lattice.whole(total.values) + noise, total.values)
         kept = np.concatenate([noise[None], recent])[: self.noise.bands - 1]
-        after = {"done": done + 1, "recent": torch.from_numpy(kept.reshape(-1, size) if len(kept) else np.zeros(0))}
-        return self.released(total, values.to(total.values.device)), after
+        return self.released(total, values), {"done": done + 1, "recent": torch.from_numpy(kept.reshape(-1, size))}
 
     def event(self) -> Mapping[str, Any]:
         """Return the whole run's factorisation as one event."""

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedml_core.checks import require_number
+from fedml_core.privacy.cells import CellTable, exact_table
 from fedml_core.privacy.entropy import NoiseStream
 from fedml_core.privacy.tables import AliasTable, symmetric_weights
 
@@ -84,18 +85,18 @@ class Skellam:
 
 
 @lru_cache(maxsize=16)
-def _gaussian_table(sigma: float) -> AliasTable:
+def _gaussian_table(sigma: float) -> AliasTable | CellTable:
     return _table(_gaussian_relative(sigma))
 
 
 @lru_cache(maxsize=4)
-def _skellam_table(variance: float) -> AliasTable:
+def _skellam_table(variance: float) -> AliasTable | CellTable:
     return _table(_skellam_relative(variance))
 
 
-def _table(relative: list[int]) -> AliasTable:
+def _table(relative: list[int]) -> AliasTable | CellTable:
     weights = symmetric_weights(relative)
-    return AliasTable(-(len(weights) // 2), weights)
+    return exact_table(-(len(weights) // 2), weights)
 
 
 def _gaussian_relative(sigma: float) -> list[int]:

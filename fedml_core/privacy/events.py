@@ -42,6 +42,7 @@ ADJACENCIES = ("add-or-remove-one", "replace-one", "replace-special")
 """How two neighbouring data sets differ: one unit more or less, another one instead, or an empty one instead."""
 
 _MOST_NESTED, _MOST_COUNT, _MOST_BITS = 16, 10**9, 64
+_MOST_TIMES = 10**15  # that often is for ever; floats count so far exactly
 _LEAST, _MOST = 1e-9, 1e15
 Check = Callable[[str, object], None]
 
@@ -264,6 +265,8 @@ def _parts(event: Mapping[str, Any], sampled: str | None) -> Iterator[tuple[Mech
             yield from _parts(each, sampled)
     elif name == "repeated":
         for part, count in _parts(event["event"], sampled):
+            if count * event["count"] > _MOST_TIMES:
+                raise PrivacyError(f"an event is repeated {count * event['count']:.0e} times; 1e+15 is the most")
             yield part, count * event["count"]
     elif sampled and name not in _CAN_BE_SAMPLED:
         raise PrivacyError(

@@ -19,7 +19,17 @@ from numpy.typing import ArrayLike, NDArray
 from fedml_core.errors import PrivacyError
 from fedml_core.privacy.tails import binomial, chi_square_tail, normal_tail, same_distribution
 
-__all__ = ["NoiseTest", "SizeTest", "binomial_sizes", "noise_against", "overlap_p"]
+__all__ = [
+    "NoiseTest",
+    "SizeTest",
+    "adds_up_p",
+    "binomial_sizes",
+    "even_p",
+    "noise_against",
+    "overlap_p",
+    "spread_p",
+    "unrelated_p",
+]
 
 Floats = NDArray[np.float64]
 _FEW = 5.0  # expected counts below it make chi-square a bad judge
@@ -71,6 +81,49 @@ def noise_against(measured: ArrayLike, reference: ArrayLike) -> NoiseTest:
     )
 
 
+def unrelated_p(rows: ArrayLike) -> float:
+    """Return whether rows are draws of equal strength that have nothing in common with one another: p.
+
+    Guarantees: rows of which one is in part another, and rows of unequal strength, are rejected, in a few thousand
+        numbers; their common strength is not judged.
+    Args: rows: (n, d), n >= 2, Gaussian if the claim is true.
+    Raises: PrivacyError: for fewer than two rows, or a number that is not finite.
+    """
+    found = np.atleast_2d(np.asarray(rows, float))
+    count, size = found.shape
+    if count < 2 or not np.isfinite(found).all() or not found.any():
+        raise PrivacyError(f"at least 2 rows of finite numbers that are not all zero are needed, got {found.shape}")
+    products = found @ found.T / size / float((found**2).mean())
+    above = np.triu_indices(count, 1)
+    together = float((products[above] ** 2).sum()) * size
+    strengths = float(((products.diagonal() - 1) ** 2).sum()) * size / 2
+    largest = float(np.abs(products[above]).max()) * math.sqrt(size)
+    return min(
+        1.0,
+        3
+        * min(
+            chi_square_tail(together, len(above[0])),
+            chi_square_tail(strengths, count - 1),
+            len(above[0]) * 2 * normal_tail(largest),
+        ),
+    )
+
+
+def adds_up_p(single: ArrayLike, several: ArrayLike, count: int) -> float:
+    """Return whether sums of `count` draws are as strong as independent draws add up to: two-sided p.
+
+    Guarantees: sums of one draw that is used over and over are rejected, in a few hundred numbers.
+    Args: single: draws, several: sums of draws, both of any shape, Gaussian if the claim is true.
+    Raises: PrivacyError: for draws or sums that are all zero or not finite.
+    """
+    one, many = np.asarray(single, float).ravel(), np.asarray(several, float).ravel()
+    if not (one.any() and many.any() and np.isfinite(one).all() and np.isfinite(many).all()):
+        raise PrivacyError("draws and sums must be finite and not all zero; there is nothing to compare")
+    ratio = float(np.sqrt((many**2).mean() / (count * (one**2).mean())))
+    spread = math.sqrt((1 / one.size + 1 / many.size) / 2)
+    return 2 * normal_tail(abs(math.log(ratio)) / spread)
+
+
 @dataclass(frozen=True)
 class SizeTest:
     """`p_value`: of chi-square. `edges`: the bins' lower ends. `observed`, `expected`: their counts."""
@@ -116,6 +169,35 @@ def overlap_p(overlaps: Sequence[int], population: int, rate: float) -> float:
     if variance <= 0:
         return 1.0 if sum(overlaps) == expected else 0.0
     return 2 * normal_tail(max(0.0, abs(sum(overlaps) - expected) - 0.5) / math.sqrt(variance))
+
+
+def even_p(counts: ArrayLike, draws: int, rate: float) -> float:
+    """Return whether members came as often as independent coins let them: two-sided p of chi-square.
+
+    Guarantees: some that come more often are rejected, and so is dealing out in turn, by which all come alike.
+    Args: counts: of each member, in so many draws at `rate` in (0, 1).
+    Raises: PrivacyError: for fewer than two members.
+    """
+    came = np.asarray(counts, float)
+    if came.size < 2:
+        raise PrivacyError(f"at least 2 members are needed, got {came.size}; ask for more")
+    statistic = float(((came - came.mean()) ** 2).sum() / (draws * rate * (1 - rate)))
+    above = chi_square_tail(statistic, came.size - 1)
+    return min(1.0, 2 * min(above, 1 - above))
+
+
+def spread_p(values: ArrayLike, mean: float, variance: float) -> float:
+    """Return whether Gaussian numbers have a mean and a variance: two-sided p of both.
+
+    Guarantees: numbers of half or twice the variance, or a mean that is off by a deviation, are rejected, in a hundred.
+    Raises: PrivacyError: for fewer than two numbers, one that is not finite, or a variance that is not > 0.
+    """
+    found = np.asarray(values, float).ravel()
+    if found.size < 2 or not np.isfinite(found).all() or not variance > 0:
+        raise PrivacyError(f"at least 2 finite numbers and a variance > 0 are needed, got {found.size} and {variance}")
+    above = chi_square_tail(float(((found - found.mean()) ** 2).sum()) / variance, found.size - 1)
+    off = 2 * normal_tail(abs(float(found.mean()) - mean) * math.sqrt(found.size / variance))
+    return min(1.0, 2 * min(off, 2 * min(above, 1 - above)))
 
 
 def _worst_correlation(pairs: Sequence[tuple[Floats, Floats]], *, skip_zero: bool) -> float:

@@ -32,7 +32,8 @@ from fedml_core.errors import CheckpointError, PrivacyError, RefusalError
 from fedml_core.privacy.budget import Accountant, Budget, relevant, total
 from fedml_core.privacy.events import ADJACENCIES, UNITS, checked
 from fedml_core.privacy.ledger_entries import Account, Entry, Link, Purpose, beginning, linked, read_chain
-from fedml_core.privacy.ledger_head import Head, sync_folder
+from fedml_core.privacy.ledger_head import Head
+from fedml_core.private_files import sync_folder
 
 if TYPE_CHECKING:
     from fedml_core.privacy.accounting import Claim

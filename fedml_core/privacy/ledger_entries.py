@@ -55,6 +55,11 @@ class Entry:
         """Return the fields as plain values."""
         return asdict(self)
 
+    @classmethod
+    def unwritten(cls, event: Mapping[str, Any], account: Account, run: str) -> Entry:
+        """Return a release that is in no ledger, for what a budget says of it."""
+        return cls(0, "", account.dataset, "", account.unit, account.adjacency, run, "", 0, 0, "", event)
+
 
 @dataclass(frozen=True)
 class Purpose:

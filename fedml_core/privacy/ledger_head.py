@@ -16,7 +16,7 @@ from fedml_core import private_files
 from fedml_core.errors import CheckpointError, ConfigError
 from fedml_core.privacy.ledger_entries import Link
 
-__all__ = ["Head", "sync_folder"]
+__all__ = ["Head"]
 
 _FORMAT, _VERSION = "fedveil-ledger-head", 1
 
@@ -43,7 +43,7 @@ class Head:
             private_files.replace(
                 self.path, private_files.to_json({**content, "hash": link.digest}), private_files.SECRET
             )
-            sync_folder(self.path.parent)
+            private_files.sync_folder(self.path.parent)
         except (ConfigError, OSError) as error:
             raise CheckpointError(f"{self.path} cannot be written: {error}; see to its disk") from error
 
@@ -66,17 +66,3 @@ class Head:
         if owner != identity:
             raise CheckpointError(f"{self.path} is the head of another ledger; restore both from one copy")
         return link
-
-
-def sync_folder(folder: Path) -> None:
-    """Return once the folder's own list of files is on the disk; else a power cut could undo a rename.
-
-    Windows cannot open folders, and does not need it.
-    """
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,7 +4,7 @@ The distributions, their composition by FFT and the pessimistic rounding to a gr
 module chooses the grid, finer where epsilon is small and coarser where a distribution would not fit into memory.
 
 Guarantees: an epsilon is the exact one or above it; the grid's spacing adds less than 0.1 % in the reference cases.
-    A delta too small or an epsilon too large for a grid gives infinity, never a guess.
+    A delta too small, an epsilon too large or too many releases for a grid give infinity, never a guess.
 Trust: nobody is trusted here; these are functions of public numbers.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedml_core.privacy.renyi import ORDERS, epsilon_from, laplace, poisson_gaussian
@@ -22,8 +22,9 @@ __all__ = ["FINE", "Piece", "loss_epsilon"]
 FINE = 5_000
 """Steps of the grid per epsilon; more of them where many losses are added."""
 
-_SMALLEST_DELTA = 1e-11  # the FFT's own errors are near 10^-13
+_SMALLEST_DELTA, _SMALLEST_RATE = 1e-11, 1e-9
 _LARGEST = 10_000.0
+_MOST_RELEASES = 1_000_000  # the library's grids grow with them: a million take seconds, a thousand million 40 GB
 _MOST_POINTS = 1_000_000
 _MANY = 500
 _UPWARD = 1 + 1e-5  # more than the FFT's rounding takes off
@@ -47,8 +48,10 @@ def loss_epsilon(pieces: Sequence[Piece], delta: float, adjacency: str, steps: i
 
     `steps`: how fine the grid is, per epsilon; fewer are faster and give more.
     """
+    if delta < _SMALLEST_DELTA or sum(piece.count for piece in pieces) > _MOST_RELEASES:
+        return math.inf
     about = _about(pieces, delta, adjacency)
-    if delta < _SMALLEST_DELTA or about > _LARGEST:
+    if about > _LARGEST:
         return math.inf
     found = _on_grid(pieces, delta, adjacency, _interval(pieces, about, adjacency, steps))
     if found < about / 2:
@@ -61,9 +64,19 @@ def _on_grid(pieces: Sequence[Piece], delta: float, adjacency: str, interval: fl
     from dp_accounting.pld import privacy_loss_distribution as distributions
 
     total = distributions.identity(value_discretization_interval=interval)
+    # A smaller sample costs no more, and the library divides by its rate.
+    pieces = [piece if piece.rate > _SMALLEST_RATE else replace(piece, rate=_SMALLEST_RATE) for piece in pieces]
     for piece in pieces:
         total = total.compose(_distribution(piece, adjacency, interval))
-    return float(total.get_epsilon_for_delta(delta))
+    return float(total.get_epsilon_for_delta(delta - _fft_error(pieces)))
+
+
+def _fft_error(pieces: Sequence[Piece]) -> float:
+    """Return more than rounding can take off a delta: a power of a spectrum errs as often as it is multiplied.
+
+    Against exact integrals 10^4 to 10^6 releases were found to err by 2^-57 each, and a few by 10^-13 together.
+    """
+    return 1e-13 + 2.0**-56 * sum(piece.count for piece in pieces)
 
 
 def _distribution(piece: Piece, adjacency: str, interval: float) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 from fedml_core.checks import require_number, require_whole
 from fedml_core.privacy.accounting import Claim, epsilon_of
 from fedml_core.privacy.calibration import noise_for
+from fedml_core.privacy.terms import epsilon_text
 
 __all__ = ["Outlook", "Release", "outlook", "with_noise_times"]
 
@@ -134,7 +135,7 @@ def _checkpoints(rounds: int) -> list[int]:
 
 def _on_budget(event: Mapping[str, Any], rounds: int, last: Claim, budget: float, price: Price) -> list[str]:
     if last.epsilon <= budget:
-        return [f"all {rounds} rounds fit into the budget: {last.epsilon:.4g} of {budget:g}"]
+        return [f"all {rounds} rounds fit into the budget: {epsilon_text(last.epsilon)} of {budget:g}"]
     fit, broken = 0, rounds
     while broken - fit > 1:
         middle = (fit + broken) // 2
@@ -147,8 +148,8 @@ def _on_budget(event: Mapping[str, Any], rounds: int, last: Claim, budget: float
         adjacency=last.adjacency,
     )
     return [
-        f"{rounds} rounds cost {last.epsilon:.4g}, which is more than the budget of {budget:g}; {fit} fit, or all of "
-        f"them with {math.ceil(factor * 1000) / 1000:.3f} times the noise"
+        f"{rounds} rounds cost {epsilon_text(last.epsilon)}, which is more than the budget of {budget:g}; {fit} fit, "
+        f"or all of them with {math.ceil(factor * 1000) / 1000:.3f} times the noise"
     ]
 
 

@@ -18,9 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedml_core.checks import require_whole
 from fedml_core.secagg.keystream import CHUNK_SIZE, Keystream
@@ -60,12 +58,11 @@ class Rotation:
         """Return the rotated vector, (dimension,), of the float type of `values`, (size,)."""
         padded = np.zeros(self.dimension, dtype=values.dtype)
         np.multiply(values, _signs(self.key, self.dimension)[: self.size], out=padded[: self.size])
-        return _product(torch.from_numpy(padded), inverse=False).numpy()
+        return _product(padded, inverse=False)
 
     def back(self, rotated: NDArray[Any]) -> NDArray[Any]:
         """Return the vector, (size,), whose rotation is `rotated`, (dimension,); what is left of the padding is cut."""
-        turned: NDArray[Any] = _product(torch.from_numpy(rotated), inverse=True).numpy()[: self.size]
-        return turned * _signs(self.key, self.dimension)[: self.size]
+        return _product(rotated, inverse=True)[: self.size] * _signs(self.key, self.dimension)[: self.size]
 
 
 @lru_cache(maxsize=4)
@@ -82,12 +79,15 @@ def _signs(key: str, dimension: int) -> NDArray[np.float32]:
     return signs
 
 
-def _product(vector: Tensor, *, inverse: bool) -> Tensor:
-    """Return the Kronecker product of the factors (or of their inverses) times the vector."""
+def _product(vector: NDArray[Any], *, inverse: bool) -> NDArray[Any]:
+    """Return the Kronecker product of the factors (or of their inverses) times the vector.
+
+    By NumPy, which takes one thread for small products: torch's second thread costs many times a small model's.
+    """
     for order in _factors(len(vector)):
-        small = torch.from_numpy(_hadamard(order)).to(vector)
+        small = _hadamard(order).astype(vector.dtype)
         # Each product takes the first digit of the index and, transposed, puts it last: in the end all are in place.
-        vector = ((small.t() if inverse else small) @ vector.view(order, -1)).t().reshape(-1)
+        vector = ((small.T if inverse else small) @ vector.reshape(order, -1)).T.reshape(-1)
     return vector
 
 

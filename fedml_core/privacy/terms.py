@@ -6,13 +6,27 @@ Trust: terms are public; they repeat what the strategy was constructed with.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fedml_core.checks import require_number, require_whole
 from fedml_core.errors import ConfigError
 from fedml_core.privacy.events import ADJACENCIES, UNITS
 
-__all__ = ["Terms"]
+__all__ = ["Terms", "epsilon_text"]
+
+
+def epsilon_text(epsilon: float) -> str:
+    """Return an epsilon with four decimals, the last of them rounded up: what is printed is never below the cost.
+
+    Guarantees: the number that is printed is at least `epsilon`.
+    Trust: none is needed; it computes on what it is given.
+
+    Example:
+        >>> epsilon_text(2.95361)
+        '2.9537'
+    """
+    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}" if math.isfinite(epsilon) else "infinity"
 
 
 @dataclass(frozen=True, kw_only=True)

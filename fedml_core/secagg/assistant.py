@@ -15,15 +15,13 @@ Trust: a session knows itself only; whoever makes sessions keeps, durably, that 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedml_core.errors import SecureAggregationError, ThresholdError
-from fedml_core.secagg.adverts import Verify, verify
 from fedml_core.secagg.assisted import (
     ROOT_SIZE,
     AssistantAdvert,
@@ -37,38 +35,28 @@ from fedml_core.secagg.codec import Kind, Reader, Writer
 from fedml_core.secagg.keys import KeyPair, commitment, fresh_bytes, open_sealed
 from fedml_core.secagg.masks import add_masks, ring_type
 from fedml_core.secagg.parameters import Parameters
+from fedml_core.secagg.party import Party, SecretSession
 from fedml_core.secagg.phases import AssistedPhase, step
 from fedml_core.secagg.secrets import Secret
 
 __all__ = ["AssistantSession"]
 
-Sign = Callable[[bytes], bytes]
-
 _BATCH = 256  # ciphers at a time
 
 
-class AssistantSession:
+class AssistantSession(SecretSession):
     """One assistant's part in one attempt at one assisted sum; steps in the order of `AssistedPhase`.
 
-    Args: assistant: its number. roster: the pinned identity keys by number, unused in semi-honest mode. sign: by its
-        own identity key. minimum: its own floor of contributors. threads: to expand masks with.
+    Args: minimum: its own floor of contributors.
     """
 
-    def __init__(
-        self,
-        parameters: Parameters,
-        assistant: int,
-        roster: Mapping[int, bytes],
-        sign: Sign,
-        *,
-        minimum: int = 2,
-        verify: Verify = verify,
-        threads: int = 1,
-    ) -> None:
-        self.parameters, self.assistant = parameters, assistant
+    role = "assistant"
+    phase: AssistedPhase
+
+    def __init__(self, parameters: Parameters, party: Party, *, minimum: int = 2) -> None:
+        super().__init__(parameters, party, AssistedPhase.FRESH)
+        self.assistant = party.number
         self.minimum = max(minimum, parameters.minimum)
-        self.phase, self.stepping = AssistedPhase.FRESH, threading.Lock()
-        self._roster, self._sign, self._verify, self._threads = roster, sign, verify, threads
         self._pair: KeyPair | None = None
         self._advert: AssistantAdvert | None = None
         self._panel: Panel | None = None
@@ -77,14 +65,6 @@ class AssistantSession:
         self._digests: dict[int, bytes] = {}
         self._refused: set[int] = set()
         self._answered: set[int] = set()
-
-    def __repr__(self) -> str:
-        """Return who it is and how far it came."""
-        return f"AssistantSession(assistant={self.assistant}, phase={self.phase.name})"
-
-    def __reduce__(self) -> Any:
-        """Refuse to be pickled or copied."""
-        raise SecureAggregationError("a session holds secrets and is neither copied nor stored")
 
     @step(AssistedPhase.FRESH, AssistedPhase.ADVERTISED)
     def advertise(self) -> bytes:

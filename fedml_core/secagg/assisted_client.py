@@ -10,56 +10,33 @@ Trust: the client does not see who else contributes: assistants it trusts hold t
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
 from fedml_core.errors import SecureAggregationError
-from fedml_core.secagg.adverts import Verify, verify
 from fedml_core.secagg.assisted import ROOT_SIZE, Contribution, Panel, check_vector, root_key
 from fedml_core.secagg.codec import Kind, Writer
 from fedml_core.secagg.keys import KeyPair, commitment, seal
 from fedml_core.secagg.masks import add_masks
 from fedml_core.secagg.parameters import Parameters
+from fedml_core.secagg.party import Party, SecretSession
 from fedml_core.secagg.phases import AssistedPhase, step
 from fedml_core.secagg.secrets import Secret
 
 __all__ = ["AssistedClient"]
 
-Sign = Callable[[bytes], bytes]
 
+class AssistedClient(SecretSession):
+    """One member's part in one attempt at one assisted sum."""
 
-class AssistedClient:
-    """One member's part in one attempt at one assisted sum.
+    phase: AssistedPhase
 
-    Args: member: this client's number. roster: the pinned identity keys by number, assistants' included; unused in
-        semi-honest mode. sign: by the member's own identity key. threads: to expand masks with.
-    """
-
-    def __init__(
-        self,
-        parameters: Parameters,
-        member: int,
-        roster: Mapping[int, bytes],
-        sign: Sign,
-        *,
-        verify: Verify = verify,
-        threads: int = 1,
-    ) -> None:
-        self.parameters, self.member = parameters, member
-        self.phase, self.stepping = AssistedPhase.FRESH, threading.Lock()
-        self._roster, self._sign, self._verify, self._threads = roster, sign, verify, threads
+    def __init__(self, parameters: Parameters, party: Party) -> None:
+        super().__init__(parameters, party, AssistedPhase.FRESH)
+        self.member = party.number
         self._roots: list[Secret] = []
-
-    def __repr__(self) -> str:
-        """Return who it is and how far it came."""
-        return f"AssistedClient(member={self.member}, phase={self.phase.name})"
-
-    def __reduce__(self) -> Any:
-        """Refuse to be pickled or copied."""
-        raise SecureAggregationError("a session holds secrets and is neither copied nor stored")
 
     def read_panel(self, data: bytes) -> Panel:
         """Return the panel in a message, checked against this member's own parameters and pinned roster."""

@@ -12,7 +12,6 @@ Trust: whoever runs it sees masked vectors, the sum of their masks, and who cont
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -22,9 +21,10 @@ from numpy.typing import NDArray
 
 from fedml_core.errors import SecureAggregationError, ThresholdError
 from fedml_core.secagg.adverts import Verify, verify
-from fedml_core.secagg.assistance import Assistance, assign
+from fedml_core.secagg.assistance import Assistance
 from fedml_core.secagg.assisted import Contribution, Panel, check_vector, contributors_digest
 from fedml_core.secagg.assisted_desk import AdvertDesk, require
+from fedml_core.secagg.assisted_masks import MaskDesk
 from fedml_core.secagg.codec import Kind, Reader, Writer
 from fedml_core.secagg.masks import ring_type
 from fedml_core.secagg.parameters import Parameters
@@ -48,10 +48,8 @@ class AssistedServer:
         each: int = 1,
         verify: Verify = verify,
     ) -> None:
-        if each not in (1, 2):
-            raise SecureAggregationError(f"1 or 2 assistants are asked for the same masks, got {each}")
         self.parameters, self.assistance = parameters, Assistance.of(parameters)
-        self._cohort, self._roster, self._verify, self._each = frozenset(cohort), roster, verify, each
+        self._cohort, self._roster, self._verify = frozenset(cohort), roster, verify
         self.desk = AdvertDesk(parameters, roster, verify)
         self._binding = self._bound = b""
         self._contributions: dict[int, Contribution] = {}
@@ -62,13 +60,9 @@ class AssistedServer:
         self._summed: list[int] = []
         self._contributors: tuple[int, ...] = ()
         self._witnesses: dict[int, bytes] = {}
-        self._asked: dict[int, set[int]] = {}
-        self._requests: dict[int, list[tuple[int, ...]]] = {}
-        self._answers: dict[tuple[int, ...], tuple[int, bytes]] = {}
-        self._masking = set(range(len(self.assistance.subsets)))
+        self._masks = MaskDesk(self.assistance, each)
         self._total = np.zeros(parameters.length, ring_type(parameters.bits))
         self.refusals: dict[int, tuple[int, ...]] = {}
-        self.compared: set[int] = set()
 
     @property
     def panel(self) -> Panel:
@@ -103,7 +97,12 @@ class AssistedServer:
     @property
     def answered(self) -> Mapping[int, int]:
         """Return which assistant's sum of masks was subtracted, by the place of the subset."""
-        return {subset: one for subsets, (one, _) in self._answers.items() for subset in subsets}
+        return self._masks.answered
+
+    @property
+    def compared(self) -> set[int]:
+        """Return the places of the subsets whose masks two assistants agreed on."""
+        return self._masks.compared
 
     @property
     def live(self) -> tuple[int, ...]:
@@ -128,7 +127,7 @@ class AssistedServer:
     def lose(self, assistant: int) -> None:
         """Go on without an assistant; nobody waits for it any more."""
         self._live.discard(assistant)
-        self._requests.pop(assistant, None)
+        self._masks.lose(assistant)
         self._add_accepted()
 
     def receive_contribution(self, member: int, message: bytes, vector: NDArray[Any]) -> None:
@@ -253,15 +252,8 @@ class AssistedServer:
         Raises: ThresholdError: if too few assistants signed, or none is left for a mask.
         """
         self._require_quorum(self._witnesses)
-        due = self._masking.difference(*(subsets for waiting in self._requests.values() for subsets in waiting))
-        able = {one: self._asked.get(one, set()) for one in self._witnesses if one in self._live}
-        messages: dict[int, list[bytes]] = {}
-        for chosen, subsets in assign(self.assistance, due, able, self._each).items():
-            for one in chosen:
-                self._asked.setdefault(one, set()).update(subsets)
-                self._requests.setdefault(one, []).append(subsets)
-                messages.setdefault(one, []).append(self._request(subsets))
-        return {one: tuple(listed) for one, listed in messages.items()}
+        asked = self._masks.ask([one for one in self._witnesses if one in self._live])
+        return {one: tuple(self._request(subsets) for subsets in listed) for one, listed in asked.items()}
 
     def _request(self, subsets: tuple[int, ...]) -> bytes:
         writer = Writer(Kind.WITNESSES).number(len(self._witnesses))
@@ -278,27 +270,18 @@ class AssistedServer:
         reader = Reader(message, Kind.ANSWER)
         subsets = tuple(reader.numbers())
         reader.finish()
-        require(subsets in self._requests.get(assistant, []), f"assistant {assistant} was not asked for these masks")
+        self._masks.require_asked(assistant, subsets)
         check_vector(self.parameters, vector, "the sum of masks")
-        self._requests[assistant].remove(subsets)
-        digest = hashlib.sha256(np.ascontiguousarray(vector).data).digest() if self._each > 1 else b""
-        if subsets not in self._answers:
-            np.subtract(self._total, vector, out=self._total)
-            self._answers[subsets] = assistant, digest
-            self._masking.difference_update(subsets)
-        elif self._answers[subsets][1] == digest:
-            self.compared.update(subsets)
-        else:
+        try:
+            self._masks.take(assistant, subsets, vector, self._total)
+        except SecureAggregationError:
             self._live.clear()
-            self._masking.update(subsets)
-            raise SecureAggregationError(
-                f"assistant {assistant} summed up other masks than another one; the sum is void"
-            )
+            raise
 
     @property
     def ready(self) -> bool:
         """Return whether every mask is off the sum, and every comparison made that was asked for."""
-        return not self._masking and not any(self._requests.values())
+        return self._masks.ready
 
     def total(self) -> NDArray[Any]:
         """Return the sum of the contributors' vectors modulo 2^bits, shape (length,).
@@ -306,5 +289,5 @@ class AssistedServer:
         Raises: ThresholdError: if masks are still on it.
         """
         if not self.ready:
-            raise ThresholdError(f"the masks of {len(self._masking)} subsets are still on the sum, or not compared")
+            raise ThresholdError(f"the masks of {len(self._masks.left)} subsets are still on the sum, or not compared")
         return self._total

@@ -13,8 +13,6 @@ Trust: the server sees one masked vector, which is uniform to it unless a quorum
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,12 +20,13 @@ from numpy.typing import NDArray
 
 from fedml_core.errors import SecureAggregationError, ThresholdError
 from fedml_core.secagg import shamir
-from fedml_core.secagg.bulletin import Advert, Bulletin, Verify, verify
+from fedml_core.secagg.bulletin import Advert, Bulletin
 from fedml_core.secagg.codec import Kind, Reader, Writer
 from fedml_core.secagg.keys import KeyPair, commitment, derive, fresh_bytes, open_sealed, seal
 from fedml_core.secagg.masks import add_masks, ring_type
 from fedml_core.secagg.pairing import BOX_SIZE, SHARE_SIZE, bound_id, mask_key, mask_sign
 from fedml_core.secagg.parameters import Parameters
+from fedml_core.secagg.party import Party, SecretSession
 from fedml_core.secagg.phases import ComplaintError, Phase, step
 from fedml_core.secagg.secrets import Secret
 from fedml_core.secagg.survivors import (
@@ -44,35 +43,20 @@ __all__ = [
     "ClientSession",
     "ComplaintError",
     "Phase",
-    "Sign",
     "bound_id",
     "mask_key",
     "survivors_digest",
 ]
 
-Sign = Callable[[bytes], bytes]
 
+class ClientSession(SecretSession):
+    """One member's part in one attempt at one secure sum; steps in the order of `Phase`."""
 
-class ClientSession:
-    """One member's part in one attempt at one secure sum; steps in the order of `Phase`.
+    phase: Phase
 
-    Args: member: this client's number. roster: the pinned identity keys by member; unused in semi-honest mode. sign: by
-        the member's own identity key. threads: to expand masks with.
-    """
-
-    def __init__(
-        self,
-        parameters: Parameters,
-        member: int,
-        roster: Mapping[int, bytes],
-        sign: Sign,
-        *,
-        verify: Verify = verify,
-        threads: int = 1,
-    ) -> None:
-        self.parameters, self.member = parameters, member
-        self.phase, self.stepping = Phase.FRESH, threading.Lock()
-        self._roster, self._sign, self._verify, self._threads = roster, sign, verify, threads
+    def __init__(self, parameters: Parameters, party: Party) -> None:
+        super().__init__(parameters, party, Phase.FRESH)
+        self.member = party.number
         self._sealing: KeyPair | None = None
         self._masking: KeyPair | None = None
         self._seed: Secret | None = None
@@ -82,14 +66,6 @@ class ClientSession:
         self._held: dict[int, Secret] = {}
         self._bound = b""
         self._survivors: Survivors | None = None
-
-    def __repr__(self) -> str:
-        """Return who it is and how far it came."""
-        return f"ClientSession(member={self.member}, phase={self.phase.name})"
-
-    def __reduce__(self) -> Any:
-        """Refuse to be pickled or copied."""
-        raise SecureAggregationError("a session holds secrets and is neither copied nor stored")
 
     @step(Phase.FRESH, Phase.ADVERTISED)
     def advertise(self) -> bytes:

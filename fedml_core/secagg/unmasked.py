@@ -9,17 +9,17 @@ Trust: whoever runs it sees every vector. It protects nobody.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import NDArray
 
 from fedml_core.errors import SecureAggregationError, ThresholdError
-from fedml_core.secagg.bulletin import Advert, Bulletin, Verify, verify
-from fedml_core.secagg.client import BOX_SIZE, SHARE_SIZE, Sign, bound_id
+from fedml_core.secagg.bulletin import Advert, Bulletin
+from fedml_core.secagg.client import BOX_SIZE, SHARE_SIZE, bound_id
 from fedml_core.secagg.codec import Kind, Reader, Writer
 from fedml_core.secagg.keys import fresh_bytes
 from fedml_core.secagg.parameters import Parameters
+from fedml_core.secagg.party import Party
 from fedml_core.secagg.server import ServerSession
 
 __all__ = ["UnmaskedClientSession", "UnmaskedServerSession", "believe"]
@@ -33,17 +33,8 @@ def believe(key: bytes, signature: bytes, message: bytes) -> bool:
 class UnmaskedClientSession:
     """Takes the steps of a `ClientSession` and sends what has their sizes."""
 
-    def __init__(
-        self,
-        parameters: Parameters,
-        member: int,
-        roster: Mapping[int, bytes],
-        sign: Sign,
-        *,
-        verify: Verify = verify,
-        threads: int = 1,
-    ) -> None:
-        self.parameters, self.member = parameters, member
+    def __init__(self, parameters: Parameters, party: Party) -> None:
+        self.parameters, self.member = parameters, party.number
         self._bulletin: Bulletin | None = None
         self._held: frozenset[int] = frozenset()
         self._bound = b""

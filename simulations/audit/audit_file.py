@@ -12,6 +12,7 @@ from fedml_core.errors import ConfigError
 from fedml_core.loading import load_task
 from server.progress import Progress
 from simulations.audit.audit import Audit
+from simulations.audit.books import Record
 from simulations.audit.findings import Verdict
 from simulations.audit.page import JSON, PAGE, rows_of, write_audit
 from simulations.configure import simulation_from
@@ -46,10 +47,10 @@ def audit_file(console: Console, request: Request) -> Verdict:
         raise ConfigError(f"{folder} holds something that is no audit; give another --out")
     task = load_task(config.task, config.folder)
     simulation = simulation_from(config, task)
-    audit = Audit(simulation=simulation, canaries=request.canaries, shadows=request.shadows)
+    audit = Audit(simulation=simulation, canaries=request.canaries, shadows=request.shadows, record=Record.of(config))
     folder.mkdir(parents=True, exist_ok=True)
-    with Progress(console, simulation.rounds) as progress:
-        audited = audit.run(folder, callbacks=[progress])
+    with Progress(console, audit.rounds) as progress:
+        audited = audit.run(folder, callbacks=[progress], tell=progress.note)
     page = write_audit(audited, folder, pictures=request.pictures)
     console.table([*rows_of(audited), ("report", f"{page} and {folder / JSON}")])
     console.result({**audited.to_json(), "report": str(folder / PAGE)})

@@ -149,6 +149,7 @@ class _CanaryEngine(Engine):
     inner: Engine
     watched: Watched
     name: ClassVar[str] = "audit"
+    protects_examples: ClassVar[bool] = True  # as far as the inner one does, which is asked, too
 
     def open(self, stage: Stage) -> Session:
         """Return a session of the inner engine that sees no canary."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
 
-from fedml_core.privacy.goodness import SizeTest, binomial_sizes, overlap_p
-from fedml_core.privacy.tails import chi_square_tail
+from fedml_core.privacy.goodness import SizeTest, binomial_sizes, even_p, overlap_p
 from server.sampling import Sampling
-from simulations.audit.findings import Finding, Verdict
+from simulations.audit.findings import REJECT, Finding, Verdict
 
-__all__ = ["check_sampling", "rate_of"]
+__all__ = ["check_sampling", "judge_poisson", "rate_of"]
 
 _DRAWS = 400
-_REJECT = 1e-6
 _ENOUGH = 10  # rounds of the run itself, for their sizes to be judged
 
 
@@ -45,7 +43,7 @@ def check_sampling(
     if flaw:
         return Finding(what, Verdict.FAIL, flaw, {"claimed": name}), None
     return (
-        _poisson(cohorts, observed, population, float(event["sampling_probability"]))
+        judge_poisson(what, cohorts, population, float(event["sampling_probability"]), observed=observed)
         if name == "poisson"
         else (
             _fixed(cohorts, observed, population, int(event["sample"])),
@@ -63,31 +61,45 @@ def _malformed(cohorts: Sequence[Sequence[int]], population: int) -> str:
     return ""
 
 
-def _poisson(
-    cohorts: Sequence[Sequence[int]], observed: Sequence[int], population: int, rate: float
+def judge_poisson(
+    what: str,
+    draws: Sequence[Sequence[int]],
+    population: int,
+    rate: float,
+    *,
+    observed: Sequence[int] = (),
+    who: tuple[str, str] = ("cohort", "clients"),
+    more: Mapping[str, float] | None = None,
 ) -> tuple[Finding, SizeTest]:
-    sizes = binomial_sizes([len(cohort) for cohort in cohorts], population, rate)
-    overlaps = [len(set(a) & set(b)) for a, b in itertools.pairwise(cohorts)]
+    """Return whether draws are those of Poisson sampling, and the histogram of their sizes.
+
+    Args: observed: further sizes. who: what a draw and what its members are called. more: further p-values.
+    """
+    draw, members = who
+    sizes = binomial_sizes([len(one) for one in draws], population, rate)
+    overlaps = [len(set(a) & set(b)) for a, b in itertools.pairwise(draws)]
     run = binomial_sizes(observed, population, rate) if len(observed) >= _ENOUGH else None
     parts = {
         "sizes": sizes.p_value,
         "overlaps": overlap_p(overlaps, population, rate),
-        "clients": _even(cohorts, population, rate),
+        "members": _even(draws, population, rate),
         **({} if run is None else {"run_sizes": run.p_value}),
+        **(more or {}),
     }
     p_value = min(1.0, len(parts) * min(parts.values()))
     numbers = {"claimed": "poisson", "rate": rate, "p_value": p_value, "p_values": parts, "sizes": asdict(sizes)}
-    if p_value < _REJECT:
+    if p_value < REJECT:
         worst = {
-            "sizes": "cohort sizes are not Binomial",
-            "run_sizes": "the run's cohort sizes are not Binomial",
-            "overlaps": "cohorts that follow each other share too few or too many clients",
-            "clients": "some clients come more often than others",
+            "sizes": f"{draw} sizes are not Binomial",
+            "run_sizes": f"the run's {draw} sizes are not Binomial",
+            "overlaps": f"each {draw} and the next share too few or too many {members}",
+            "members": f"some {members} come more often than others, or all come alike",
+            "dealt": f"within a training {members} come as if they were dealt out in turn",
         }[min(parts, key=lambda name: parts[name])]
         said = f"Poisson sampling is claimed, and {worst} (p = {p_value:.2g})"
-        return Finding("sampling", Verdict.FAIL, said, numbers), sizes
-    said = f"cohorts are those of Poisson sampling at rate {rate:g} (p = {p_value:.2g})"
-    return Finding("sampling", Verdict.PASS, said, numbers), sizes
+        return Finding(what, Verdict.FAIL, said, numbers), sizes
+    said = f"each {draw} is a draw of Poisson sampling at rate {rate:g} (p = {p_value:.2g})"
+    return Finding(what, Verdict.PASS, said, numbers), sizes
 
 
 def _fixed(cohorts: Sequence[Sequence[int]], observed: Sequence[int], population: int, size: int) -> Finding:
@@ -97,7 +109,7 @@ def _fixed(cohorts: Sequence[Sequence[int]], observed: Sequence[int], population
     if wrong:
         said = f"cohorts of {size} are claimed, and one has {wrong[0]}"
         return Finding("sampling", Verdict.FAIL, said, numbers)
-    if p_value < _REJECT:
+    if p_value < REJECT:
         said = f"cohorts of {size} are claimed to be uniform, and some clients come more often (p = {p_value:.2g})"
         return Finding("sampling", Verdict.FAIL, said, numbers)
     return Finding("sampling", Verdict.PASS, f"cohorts are uniform, of {size} each (p = {p_value:.2g})", numbers)
@@ -108,6 +120,4 @@ def _even(cohorts: Sequence[Sequence[int]], population: int, rate: float) -> flo
     if population < 2 or rate >= 1:
         return 1.0
     came = np.bincount(np.concatenate([np.asarray(cohort, dtype=np.int64) for cohort in cohorts]), minlength=population)
-    expected = len(cohorts) * rate
-    statistic = float(((came - came.mean()) ** 2).sum() / (expected * (1 - rate)))
-    return chi_square_tail(statistic, population - 1)
+    return even_p(came, len(cohorts), rate)

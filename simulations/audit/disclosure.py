@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clients.torch_trainer import TorchTrainer
 from fedml_core.data import Examples
 from fedml_core.errors import FedveilError
 from fedml_core.task import Task
 from fedml_core.training import Training
 from fedml_core.update import Update
+from simulations.audit.example_site import AuditedTrainer
 from simulations.audit.findings import Finding, Verdict
 from simulations.audit.inversion import (
     Attack,
@@ -77,17 +78,18 @@ class Case:
 def check_disclosure(
     task: Task,
     strategy: Strategy,
-    trainer: TorchTrainer,
+    trainer: AuditedTrainer,
     population: Population,
     training: Training,
     *,
     epsilon: float | None,
     seed: int,
     steps: int = 300,
+    noised: bool = False,
 ) -> tuple[Finding, list[Case]]:
     """Return whether inputs come back where the protection says that they do not, and every attack that was tried.
 
-    Args: epsilon: claimed, or None. steps: of the optimiser.
+    Args: epsilon: claimed, or None. steps: of the optimiser. noised: whether the trainer hides examples by itself.
     """
     what = "gradient inversion"
     victim = _examples(population, 0)
@@ -100,6 +102,7 @@ def check_disclosure(
         try:
             updates = _updates(trainer, population, batch, length, _others(strategy, population), size, seed)
             views = views_of(strategy, trainer.spec, trainer.initial(), updates[0], updates[1:], seed)
+            views = [dataclasses.replace(view, hidden="yes") for view in views] if noised else views
         except FedveilError as error:
             return Finding(what, Verdict.WARN, f"no view could be made: {error}"), cases
         module = task.build(seed)
@@ -108,7 +111,7 @@ def check_disclosure(
 
 
 def _attacked(
-    name: str, view: View, module: nn.Module, trainer: TorchTrainer, pool: Examples, batch: Examples, **search: int
+    name: str, view: View, module: nn.Module, trainer: AuditedTrainer, pool: Examples, batch: Examples, **search: int
 ) -> Case:
     inputs, everything = as_rows(batch.inputs[0]).float(), as_rows(pool.inputs[0]).float()
     low, high = float(everything.min()), float(everything.max())
@@ -168,7 +171,7 @@ def _said(case: Case) -> str:
 
 
 def _updates(
-    trainer: TorchTrainer,
+    trainer: AuditedTrainer,
     population: Population,
     batch: Examples,
     training: Training,

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["Finding", "Verdict", "overall"]
+__all__ = ["REJECT", "Finding", "Verdict", "overall"]
+
+REJECT = 1e-6
+"""A p-value below which a claim does not hold."""
 
 
 class Verdict(StrEnum):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedml_core.devices import fitting_threads, seeded_torch
 from fedml_core.model import ModelSpec
 from fedml_core.randomness import torch_generator
 
@@ -139,15 +140,16 @@ def from_optimisation(
     wanted = -update.float() / update.float().norm()
     optimiser = torch.optim.Adam([guess], lr=0.05 * (high - low))
     module.eval()
-    for _ in range(steps):
-        loss = F.cross_entropy(module(guess), labels)
-        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        away = 1 - (flat @ wanted) / flat.norm().clamp_min(1e-12)
-        (guess.grad,) = torch.autograd.grad(away, [guess])
-        optimiser.step()
-        with torch.no_grad():
-            guess.clamp_(low, high)
+    with seeded_torch(seed, guess.device, fitting_threads(module)):  # threads that wait for each other cost most of it
+        for _ in range(steps):
+            loss = F.cross_entropy(module(guess), labels)
+            gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            away = 1 - (flat @ wanted) / flat.norm().clamp_min(1e-12)
+            (guess.grad,) = torch.autograd.grad(away, [guess])
+            optimiser.step()
+            with torch.no_grad():
+                guess.clamp_(low, high)
     return guess.detach().reshape(len(labels), -1)
 
 

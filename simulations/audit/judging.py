@@ -54,7 +54,7 @@ def judge_canaries(
     }
     said = f"canaries estimate epsilon {every.epsilon:.3g} +- {every.sd:.2g}, and prove {bound:.3g} at 95 %"
     if claim is None:
-        return Finding("canaries", Verdict.INFO, f"{said}; no epsilon is claimed", numbers)
+        return Finding("canaries", Verdict.INFO, f"{said}; no epsilon is claimed for clients", numbers)
     claimed = float(claim["epsilon"])
     if max(bound, every.lower) > claimed:
         return Finding("canaries", Verdict.FAIL, f"{said}; claimed is {claimed:.3g}", numbers)
@@ -66,8 +66,8 @@ def judge_canaries(
     return Finding("canaries", Verdict.PASS, f"{said}; claimed is {claimed:.3g}", numbers)
 
 
-def judge_transcripts(folder: Path, strategy: Strategy) -> Finding:
-    """Return whether the transcripts of the run's secure sums fit together."""
+def judge_transcripts(folder: Path, strategy: Strategy, about: str = "") -> Finding:
+    """Return whether the transcripts of the run's secure sums fit together. `about`: which sums these are."""
     what = "secure sums"
     path = folder / TRANSCRIPT
     if not strategy.takes_secure_sums:
@@ -85,4 +85,5 @@ def judge_transcripts(folder: Path, strategy: Strategy) -> Finding:
         numbers = {**numbers, "failed": [dataclasses.asdict(one) for one in failed[:10]]}
         return Finding(what, Verdict.FAIL, f"{failed[0].what}: {failed[0].said}", numbers)
     said = f"the transcripts of {numbers['checked']} attempts fit together; without a roster no signature is checked"
+    said = f"{said} ({about})" if about else said
     return Finding(what, Verdict.PASS, said, numbers)

@@ -19,18 +19,18 @@ from torch import Tensor
 
 from fedml_core.errors import FedveilError
 from fedml_core.model import ModelSpec
-from fedml_core.privacy.goodness import noise_against
+from fedml_core.privacy.goodness import noise_against, unrelated_p
 from fedml_core.randomness import seeded
 from fedml_core.transform import Chain, Draws, State, Transform
 from fedml_core.update import Total, Update
-from simulations.audit.findings import Finding, Verdict
+from simulations.audit.correlated_noise import CORRELATED, unmixed_noise
+from simulations.audit.findings import REJECT, Finding, Verdict
 from strategies.strategy import Strategy
 
-__all__ = ["Residuals", "check_bound", "check_noise"]
+__all__ = ["Residuals", "check_bound", "check_noise", "draws_for", "judge_noise"]
 
 _NUMBERS = 40_000  # measured in all: a scale that is wrong by 5 % shows
 _MOST_DRAWS, _FEWEST_DRAWS = 64, 3
-_REJECT = 1e-6
 _SLACK = 1e-5
 _LENGTHS = (0.0, 1e-3, 1.0, 1e3, 1e6)
 _SERVER, _CLIENT = "gaussian", "analytic-gaussian-local"
@@ -53,7 +53,7 @@ def check_bound(strategy: Strategy, spec: ModelSpec, template: Update, seed: int
         return Finding(what, Verdict.INFO, "no noise relies on a bound")
     bounded = Chain(parts[:noisy])
     bound = _bound(parts, noisy)
-    if _kind(parts[noisy]) != _SERVER:
+    if _kind(parts[noisy]) not in (_SERVER, *CORRELATED):
         return Finding(what, Verdict.INFO, "clients clip and noise in one step; canaries are longer than the bound")
     half = bounded.client_half() or Chain()
     told, memory = bounded.told(bounded.init(spec)), bounded.memory(spec)
@@ -76,32 +76,62 @@ def check_noise(strategy: Strategy, spec: ModelSpec, parameters: Tensor, seed: i
     place = next((place for place, part in enumerate(parts) if _kind(part)), None)
     if place is None:
         claims = strategy.pipeline().event() is not None
-        said = "this mechanism's noise is not measured by a replica" if claims else "no noise is claimed"
-        return Finding(what, Verdict.WARN if claims else Verdict.INFO, said), None
-    draws = min(_MOST_DRAWS, max(_FEWEST_DRAWS, -(-_NUMBERS // spec.size)))
+        return _unmeasured() if claims else Finding(what, Verdict.INFO, "no noise is claimed"), None
     try:
-        if _kind(parts[place]) == _SERVER:
-            found = _server(strategy, spec, parameters, draws, seed)
-        elif _kind(parts[place]) == _CLIENT:
-            found = _client(parts[place], spec, draws, seed)
-        else:
-            found = _shared(strategy, parts[place], spec, draws, seed)
+        found = _measured(strategy, place, spec, parameters, seed)
     except FedveilError as error:
         return Finding(what, Verdict.FAIL, f"a replica of the release failed: {error}"), None
+    if found is None:
+        return _unmeasured(), None
+    return judge_noise(what, found, fresh=_kind(parts[place]) in CORRELATED), found
+
+
+def judge_noise(
+    what: str, found: Residuals, *, fresh: bool = False, more: Mapping[str, float] | None = None
+) -> Finding:
+    """Return whether noise is as it should be.
+
+    Args: fresh: whether rows must be alike and unrelated, as rounds that were unmixed. more: further p-values, by what
+        they test.
+    """
     test = noise_against(found.measured, found.reference)
+    others = {**(more or {}), **({"rounds": unrelated_p(found.measured)} if fresh and test.ratio > 0 else {})}
+    p_value = min(1.0, (1 + len(others)) * min(test.p_value, *others.values(), 1.0))
     numbers = {
         "configured_sd": float(found.reference.std()),
         "measured_sd": float(np.sqrt((found.measured**2).mean())),
         **dataclasses.asdict(test),
-        "p_value": test.p_value,
-        "draws": draws,
+        **others,
+        "p_value": p_value,
+        "draws": len(found.measured),
     }
-    if test.p_value < _REJECT:
-        return Finding(
-            what, Verdict.FAIL, f"the noise is not what was claimed: {_flaw(test.ratio, numbers)}", numbers
-        ), found
-    said = f"measured standard deviation is {test.ratio:.4f} of the configured one (p = {test.p_value:.2g})"
-    return Finding(what, Verdict.PASS, said, numbers), found
+    if p_value < REJECT:
+        flaw = _flaw(test.ratio, {**dataclasses.asdict(test), **others})
+        return Finding(what, Verdict.FAIL, f"the noise is not what was claimed: {flaw}", numbers)
+    said = f"measured standard deviation is {test.ratio:.4f} of the configured one (p = {p_value:.2g})"
+    return Finding(what, Verdict.PASS, said, numbers)
+
+
+def _unmeasured() -> Finding:
+    return Finding("noise", Verdict.WARN, "this mechanism's noise is not measured by a replica")
+
+
+def _measured(strategy: Strategy, place: int, spec: ModelSpec, parameters: Tensor, seed: int) -> Residuals | None:
+    part = _parts(strategy)[place]
+    draws = draws_for(spec.size)
+    if _kind(part) in CORRELATED:
+        unmixed = unmixed_noise(strategy, place, spec, seed)
+        return None if unmixed is None else Residuals(*unmixed)
+    if _kind(part) == _SERVER:
+        return _server(strategy, spec, parameters, draws, seed)
+    if _kind(part) == _CLIENT:
+        return _client(part, spec, draws, seed)
+    return _shared(strategy, part, spec, draws, seed)
+
+
+def draws_for(size: int) -> int:
+    """Return how often noise of so many numbers is drawn to be measured."""
+    return min(_MOST_DRAWS, max(_FEWEST_DRAWS, -(-_NUMBERS // size)))
 
 
 def _flaw(ratio: float, p_values: Mapping[str, Any]) -> str:
@@ -110,8 +140,10 @@ def _flaw(ratio: float, p_values: Mapping[str, Any]) -> str:
         "shape": "its distribution has another shape",
         "within": "it repeats from one coordinate to another",
         "between": "it is the same in two releases",
+        "rounds": "its rounds do not hang together as the mechanism's do",
+        "several": "steps of one training do not add up as fresh noise does",
     }
-    return flaws[min(flaws, key=lambda name: float(p_values[name]))]
+    return flaws[min((name for name in flaws if name in p_values), key=lambda name: float(p_values[name]))]
 
 
 def _server(strategy: Strategy, spec: ModelSpec, parameters: Tensor, draws: int, seed: int) -> Residuals:
@@ -198,4 +230,4 @@ def _kind(part: Transform) -> str | None:
     """Return the name of the noise that this part adds, if it is one that a replica measures."""
     event = part.event()
     name = None if event is None else str(event.get("name"))
-    return name if name in (_SERVER, _CLIENT, *_SHARED) else None
+    return name if name in (_SERVER, _CLIENT, *_SHARED, *CORRELATED) else None

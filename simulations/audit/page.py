@@ -41,9 +41,17 @@ def write_audit(audited: Audited, folder: Path, *, pictures: bool = True) -> Pat
 
 def rows_of(audited: Audited) -> list[tuple[str, str]]:
     """Return the audit as rows of a name and what it is."""
-    rows = [("protection", audited.protection), ("claim", _claim(audited.claim))]
+    rows = [("protection", audited.protection), *_claims(audited)]
     rows += [(finding.what, f"{finding.verdict}: {finding.said}") for finding in audited.findings]
     return [*rows, ("verdict", str(audited.verdict))]
+
+
+def _claims(audited: Audited) -> list[tuple[str, str]]:
+    """Return what is claimed of clients and of examples, or that nothing is."""
+    named = [("claim", audited.claim), ("claim on examples", audited.example_claim)]
+    rounds, every = audited.facts["rounds"], audited.facts["rounds_of_the_run"]
+    after = f", after the {rounds} of {every} rounds that were attacked" if rounds < every else ""
+    return [(name, _claim(claim) + after) for name, claim in named if claim is not None] or [("claim", _claim(None))]
 
 
 def _claim(claim: Mapping[str, Any] | None) -> str:
@@ -57,10 +65,11 @@ def _claim(claim: Mapping[str, Any] | None) -> str:
 
 def _page(audited: Audited, picture: bytes) -> str:
     mark = f'<b class="v" style="background:{_COLORS[audited.verdict]}">{audited.verdict}</b>'
+    claims = "<br>".join(f"{name.capitalize()}: {html.escape(claim)}" for name, claim in _claims(audited))
     lines = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Privacy audit</title>',
         f"<style>{_STYLE}</style></head><body><h1>Privacy audit {mark}</h1>",
-        f"<p>Protection: {html.escape(audited.protection)}<br>Claim: {html.escape(_claim(audited.claim))}</p><table>",
+        f"<p>Protection: {html.escape(audited.protection)}<br>{claims}</p><table>",
     ]
     for finding in audited.findings:
         mark = f'<b class="v" style="background:{_COLORS[finding.verdict]}">{finding.verdict}</b>'
@@ -76,7 +85,15 @@ def _page(audited: Audited, picture: bytes) -> str:
 
 
 def _facts(audited: Audited) -> Sequence[str]:
-    named = ("rounds", "clients", "canaries", "canaries_included", "parameters", "most_participations")
+    named = (
+        "rounds",
+        "rounds_of_the_run",
+        "clients",
+        "canaries",
+        "canaries_included",
+        "parameters",
+        "most_participations",
+    )
     return [
         f"<tr><td>{name.replace('_', ' ')}</td><td>{html.escape(str(audited.facts[name]))}</td></tr>" for name in named
     ]

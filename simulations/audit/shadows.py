@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clients.torch_trainer import TorchTrainer
 from fedml_core.data import Examples
 from fedml_core.privacy.membership import likelihood_ratios, logit_confidence, roc_area, tpr_at
 from fedml_core.randomness import seeded
 from fedml_core.task import Task
 from fedml_core.training import Training
+from simulations.audit.example_site import AuditedTrainer
 from simulations.audit.findings import Finding, Verdict
 
 __all__ = ["RATES", "Membership", "infer_membership"]
@@ -40,12 +40,19 @@ class Membership:
 
 
 def infer_membership(
-    task: Task, parameters: Tensor, training: Training, *, passes: int, shadows: int, seed: int, device: str
+    task: Task,
+    parameters: Tensor,
+    training: Training,
+    trainer: AuditedTrainer,
+    *,
+    passes: int,
+    shadows: int,
+    seed: int,
 ) -> tuple[Finding, Membership | None]:
     """Return how well an attacker tells the task's training data from its test data.
 
-    Args: parameters: of the attacked model, trained on all training data and no test data. passes: over its examples,
-        of each shadow model. shadows: how many; each trains on half of all examples.
+    Args: parameters: of the attacked model, trained on all training data and no test data. trainer: of shadow models,
+        as that one was. passes: over its examples, of each. shadows: how many; each trains on half of all examples.
     """
     what = "membership"
     members, others = _pool(task, seed)
@@ -56,7 +63,6 @@ def infer_membership(
         tuple(torch.cat(pair) for pair in zip(members.inputs, others.inputs, strict=True)),
         torch.cat([members.targets, others.targets]),
     )
-    trainer = TorchTrainer(task, seed, device=device)
     mask = _halves(shadows, len(both), seed)
     length = training.model_copy(update={"epochs": passes, "steps": None, "learning_rate_decay": 1.0})
     rows = []
@@ -96,7 +102,7 @@ def _halves(shadows: int, examples: int, seed: int) -> NDArray[np.bool_]:
     return np.asarray(places < shadows // 2)
 
 
-def _confidences(task: Task, trainer: TorchTrainer, parameters: Tensor, data: Examples, seed: int) -> Any:
+def _confidences(task: Task, trainer: AuditedTrainer, parameters: Tensor, data: Examples, seed: int) -> Any:
     module = task.build(seed)
     trainer.spec.load(parameters, module)
     module.eval()

@@ -45,6 +45,7 @@ class Auto(Engine):
 
     workers: int | None = None
     name: ClassVar[str] = "auto"
+    protects_examples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the workers."""
@@ -167,7 +168,8 @@ class Choosing(Session):
         sizes = sorted({min(fit * step, cohort) for step in _STEPS})
         convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in stage.task.build(0).modules())
         # Convolutions of several clients at once only tie with one by one on a CPU, and take gigabytes.
-        kinds = () if on_cpu and convolves else (Fused, Vectorised) if on_cpu else (Vectorised,)
+        plain = on_cpu and stage.private is None
+        kinds = () if plain and convolves else (Fused, Vectorised) if plain else (Vectorised,)
         return Match(
             [[kind(clients_at_once=size, skip_failures=skip) for size in sizes] for kind in kinds],
             self._plain,

@@ -14,8 +14,9 @@ from torch import Tensor
 from clients.memory import Remembered
 from fedml_core.bulk import BulkArrival, GatheredArrival
 from fedml_core.checks import require_whole
-from fedml_core.errors import ReplyError, TaskError
-from fedml_core.messages import Arrived, Assignment, Failure, Reply, TrainWork, reply_to_frame
+from fedml_core.errors import ConfigError, ReplyError, RunError, TaskError
+from fedml_core.message_frames import reply_to_frame
+from fedml_core.messages import Arrived, Assignment, Failure, Reply, TrainWork
 from fedml_core.randomness import keyed_coins
 from fedml_core.spans import span
 from fedml_core.transform import Draws, State
@@ -67,6 +68,8 @@ class Chunks(Session):
     """Loads, trains and encodes a cohort K clients at a time."""
 
     def __init__(self, engine: Batched, stage: Stage) -> None:
+        if stage.private is not None and not engine.protects_examples:
+            raise ConfigError(f"the {engine.name} engine cannot protect examples, and would train without")
         self._engine, self._stage = engine, stage
         self._single = OneByOne(stage, engine.skip_failures)
         self._at_once = engine.clients_at_once or clients_that_fit(stage)
@@ -103,9 +106,11 @@ class Chunks(Session):
                 if self._trainer is None:
                     chunk, waiting = [*chunk, *waiting], []
                 yield from self._single.run(assignment, chunk)
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if len(chunk) == 1:
-                    raise
+                    raise RunError(
+                        f"client {chunk[0]} alone does not fit the memory ({error}); use a smaller batch_size or model"
+                    ) from error
                 most = len(chunk) // 2
                 self._at_once, self._most_added = min(most, self._at_once), most
                 self._stage.tell(f"out of memory with {len(chunk)} clients at once; going on with {most}")

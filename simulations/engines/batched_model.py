@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -13,12 +13,18 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedml_core.dropout import KeyedDropout
+from fedml_core.errors import ConfigError, SpecMismatchError, StrategyError
 from fedml_core.evaluation import Evaluator
 from fedml_core.randomness import Key
 from simulations.engines.batch_trainer import UnsupportedError
-from simulations.engines.batched_layers import vectorised_layers
+from simulations.engines.batched_layers import Averages, vectorised_layers
 
-__all__ = ["BatchedModel", "explained"]
+__all__ = ["OWN_ERRORS", "BatchedModel", "Layers", "explained"]
+
+OWN_ERRORS = (UnsupportedError, torch.OutOfMemoryError, ConfigError, SpecMismatchError, StrategyError)
+"""What the caller must know as it is; any other failure is the work's, and shows again client by client."""
+
+Layers = Callable[[nn.Module], AbstractContextManager[Averages]]
 
 _REASONS = {
     "aten::rrelu": "it draws random numbers, and only dropout layers draw what each client would draw alone",
@@ -32,9 +38,13 @@ _REASONS = {
 
 
 class BatchedModel:
-    """Runs an evaluator's module with a leading dimension, the clients, on its parameters, buffers and inputs."""
+    """Runs an evaluator's module with a leading dimension, the clients, on its parameters, buffers and inputs.
 
-    def __init__(self, bench: Evaluator) -> None:
+    Args: layers: gives a context in which the module's layers can be mapped.
+    """
+
+    def __init__(self, bench: Evaluator, layers: Layers = vectorised_layers) -> None:
+        self._layers = layers
         self.module, self._spec, self._device = bench.module, bench.spec, bench.device
         for name, tensor in chain(self.module.named_parameters(), self.module.named_buffers()):
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
@@ -58,7 +68,7 @@ class BatchedModel:
             stack.enter_context(self._dropout.drawing(purpose))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_no_slow_path())
-            self._averages = stack.enter_context(vectorised_layers(self.module))
+            self._averages = stack.enter_context(self._layers(self.module))
             yield
         now = self._shared()
         changed = [name for name, tensor in self._before.items() if not _is(now.get(name), *tensor)]
@@ -81,6 +91,25 @@ class BatchedModel:
         self._dropout.at(0, 0)
         self._averages.next_forward()
         return self.module(*inputs)
+
+    def alone(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor], stream: Tensor) -> Any:
+        """Return the outputs for one example, in a batch of its own, under other parameters; for use under a map.
+
+        Args: stream: the number by which dropout draws.
+        Raises: UnsupportedError: if the forward pass changes a buffer.
+        """
+        self._dropout.at(self._step, stream)
+        self._averages.next_forward()
+        buffers = dict(self.module.named_buffers())
+        given = {**parameters, **buffers}
+        try:
+            outputs = functional_call(self.module, given, tuple(tensor.unsqueeze(0) for tensor in inputs))
+        finally:
+            self._dropout.at(0, 0)
+        changed = next((name for name, buffer in buffers.items() if given[name] is not buffer), None)
+        if changed is not None:
+            raise UnsupportedError(f"the model changes {changed}, which no noise would protect")
+        return outputs
 
     def __call__(self, state: Sequence[Tensor], inputs: Sequence[Tensor], streams: Tensor) -> Any:
         """Return K clients' outputs; their buffers in `state` are changed in place.

@@ -56,6 +56,7 @@ def key_of(stage: Stage, assignment: Assignment, cohort: int, workers: int) -> s
         "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
         "training": assignment.work.training.model_dump(mode="json", exclude={"learning_rate", "learning_rate_decay"}),
         "strategy": type(stage.strategy).__qualname__,
+        "private": None if stage.private is None else repr(stage.private.private),
         "cohort": cohort.bit_length(),  # to a factor of two
         "device": str(stage.trainer.device),
         "workers": workers,

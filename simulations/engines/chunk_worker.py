@@ -17,6 +17,7 @@ from server.validation import UpdateIntake
 from simulations.engines.engine import Engine, Stage
 from simulations.faults import Faults
 from simulations.population import Population
+from simulations.private_clients import PrivateClients
 from strategies.strategy import Strategy
 
 __all__ = ["Chunk", "ChunkWorker", "Done", "Failed", "Job"]
@@ -24,20 +25,25 @@ __all__ = ["Chunk", "ChunkWorker", "Done", "Failed", "Job"]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Clients to do, with what they remember."""
+    """Clients to do, with what they remember. `last`: no other chunk waits, so the answer brings the sum along."""
 
     clients: Sequence[int]
     memories: Mapping[int, Remembered] = field(repr=False)
+    last: bool = False
 
 
 @dataclass(frozen=True)
 class Done:
-    """A chunk is done: evaluations, new memories, what the engine had to tell, and where the time went."""
+    """A chunk is done: evaluations, new memories, what the engine had to tell, and where the time went.
+
+    `gathered`: what this round's chunks of training came to, after the last of them.
+    """
 
     arrivals: Sequence[Arrival]
     memories: Mapping[int, Remembered] = field(repr=False)
     told: Sequence[str] = ()
     spans: Recorded | None = field(default=None, repr=False)
+    gathered: GatheredArrival | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,12 @@ class Job:
     population: Population = field(repr=False)
     faults: Faults
     seed: int
+    private: PrivateClients | None = None
 
     @classmethod
     def of(cls, engine: Engine, stage: Stage) -> Self:
         """Return the job of doing a stage's work with `engine`."""
-        return cls(engine, stage.task, stage.strategy, stage.population, stage.faults, stage.seed)
+        return cls(engine, stage.task, stage.strategy, stage.population, stage.faults, stage.seed, stage.private)
 
 
 class ChunkWorker:
@@ -77,7 +84,7 @@ class ChunkWorker:
         self._memory, self._told, self._spans = _NewMemories(), list[str](), spans
         trainer = TorchTrainer(job.task, job.seed, device=device)
         shown = (job.task, job.strategy, trainer, job.population, self._memory, job.faults, job.seed)
-        self._stage = Stage(*shown, self._told.append)
+        self._stage = Stage(*shown, self._told.append, job.private)
         self._session = job.engine.open(self._stage)
         self._assignment: Assignment | None = None
         self._intake: UpdateIntake | None = None
@@ -87,7 +94,7 @@ class ChunkWorker:
         self._assignment, self._intake = assignment, None
 
     def do(self, chunk: Chunk) -> Done | Failed:
-        """Do a chunk; updates stay here, evaluations are returned."""
+        """Do a chunk; updates stay here up to the last chunk, evaluations are returned."""
         try:
             with recording(self._spans):
                 arrivals = self._arrivals(chunk)
@@ -96,7 +103,8 @@ class ChunkWorker:
         except Exception as error:  # noqa: BLE001 - a bug of ours or a fault of torch must not pass for a dead worker
             return Failed(RunError(f"a worker failed: {type(error).__name__}: {error}"))
         spans = None if self._spans is None else self._spans.drain()
-        return Done(arrivals, self._memory.drain(), self._drain_told(), spans)
+        gathered = self.gathered() if chunk.last else None
+        return Done(arrivals, self._memory.drain(), self._drain_told(), spans, gathered)
 
     def gathered(self) -> GatheredArrival:
         """Return what this round's chunks since the last call came to, and begin anew.

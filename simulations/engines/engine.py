@@ -11,14 +11,20 @@ from typing import ClassVar
 from clients.memory import MemoryStore
 from clients.torch_trainer import TorchTrainer
 from fedml_core.accumulate import Accumulator
-from fedml_core.messages import Arrival, Arrived, Assignment, Reply, TrainWork, reply_to_frame
+from fedml_core.message_frames import reply_to_frame
+from fedml_core.messages import Arrival, Arrived, Assignment, Reply, TrainWork
 from fedml_core.named import Named
 from fedml_core.task import Task
 from simulations.faults import Faults
 from simulations.population import Population
+from simulations.private_clients import PrivateClients
 from strategies.strategy import Strategy
 
 _log = logging.getLogger(__name__)
+
+
+def _unheard(clients: Sequence[int], round_number: int) -> None:
+    """Do nothing: where nobody counts trainings, one more of them is nobody's business."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,9 @@ class Stage:
     """What an engine works on for a whole run.
 
     `trainer`: trains one client, in this process. `memory`: what clients remember. `seed`: the run's, which decides
-    which replies `faults` spoil. `tell`: says something to the user.
+    which replies `faults` spoil. `tell`: says something to the user. `private`: how clients protect their examples, or
+    None where they do not. `again`: told, before it happens, which clients of a round are trained once more since what
+    they were trained to was lost.
     """
 
     task: Task = field(repr=False)
@@ -37,6 +45,8 @@ class Stage:
     faults: Faults = field(default_factory=Faults)
     seed: int = 0
     tell: Callable[[str], None] = _log.warning
+    private: PrivateClients | None = None
+    again: Callable[[Sequence[int], int], None] = field(default=_unheard, repr=False)
 
     def accumulator(self, assignment: Assignment) -> Accumulator:
         """Return the empty accumulator of one round's training."""
@@ -69,11 +79,13 @@ class Engine(Named, ABC):
     """How a cohort's work is done on this machine; subclasses are frozen dataclasses.
 
     `skip_failures`: a client whose data or training fails is excluded from the round with its reason; otherwise the
-    first such error ends the run, naming the client. `name`: what reports call the engine.
+    first such error ends the run, naming the client. `name`: what reports call the engine. `protects_examples`: whether
+    it can train as `Stage.private` says.
     """
 
     skip_failures: bool = False
     name: ClassVar[str]
+    protects_examples: ClassVar[bool] = False
 
     @abstractmethod
     def open(self, stage: Stage) -> Session:

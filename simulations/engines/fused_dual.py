@@ -15,15 +15,12 @@ from torch import Tensor
 
 from simulations.engines.fused_errors import Errors
 from simulations.engines.fused_network import Network, Target
-from simulations.engines.fused_products import added_up, inner_products, linear, padded, threads
+from simulations.engines.fused_products import added_up, inner_products, linear, padded
 from simulations.engines.fused_uses import Uses
 from simulations.engines.fused_weights import Weights
 from simulations.packing import Visits
 
 __all__ = ["DualRun"]
-
-# A step of less than this is over before a second thread has begun, which then spins on somebody else's processor.
-_BROAD_FLOPS = 5e7
 
 
 class DualRun:
@@ -38,7 +35,8 @@ class DualRun:
         take, clients, out = network.workspace.take, network.count, self._first.outputs
         used = len(self._uses.rows)
         self._rows = take("rows", padded(used), self._first.inputs)
-        torch.index_select(inputs, 0, self._uses.rows, out=self._rows[:used])
+        with network.threads.for_bytes(4 * used * self._first.inputs):
+            torch.index_select(inputs, 0, self._uses.rows, out=self._rows[:used])
         self._rows[used:].zero_()
         self._errors = take("errors", clients, self._length, out).zero_()
         self._inner = self._inner_products()
@@ -52,9 +50,7 @@ class DualRun:
         before = self._by_step(self._shared(self._start), "first")
         drifts = self._network.drifts
         drift = self._by_step(self._each(drifts[0]), "drift") if drifts else None
-        layers, rows = self._network.stack.layers[1:], self._network.count * self._size
-        flops = 6 * rows * sum(layer.inputs * layer.outputs for layer in layers)
-        with threads(1 if flops < _BROAD_FLOPS else torch.get_num_threads()):
+        with self._network.threads.for_flops(self._network.step_flops(1)):
             self._take_steps(errors, outputs, before, drift)
         self._network.change()
 
@@ -93,7 +89,8 @@ class DualRun:
         errors[:used].mul_(factors[torch.from_numpy(self._uses.owners)].unsqueeze(1))
         errors[used:].zero_()
         there, descent = Weights.of(self._first, out.unsqueeze(0)), self._descent
-        torch.mul(added_up(errors, self._rows), -descent.rate, out=there.weight[0])
+        with self._network.threads.for_flops(self._broad_flops):
+            torch.mul(added_up(errors, self._rows), -descent.rate, out=there.weight[0])
         if there.bias is not None:
             torch.mul(errors.sum(dim=0), -descent.rate, out=there.bias[0, 0])
         if descent.keep != 1:
@@ -119,7 +116,13 @@ class DualRun:
     def _shared(self, weights: Weights) -> Tensor:
         """Return what one client's weights make of all rows."""
         out = self._network.workspace.take("products", len(self._rows), self._first.outputs)
-        return linear(self._rows, weights.weight[0], None if weights.bias is None else weights.bias[0, 0], out)
+        with self._network.threads.for_flops(self._broad_flops):
+            return linear(self._rows, weights.weight[0], None if weights.bias is None else weights.bias[0, 0], out)
+
+    @property
+    def _broad_flops(self) -> float:
+        """Of a product with all rows."""
+        return 2.0 * len(self._rows) * self._first.inputs * self._first.outputs
 
     def _each(self, weights: Weights) -> Tensor:
         """Return what each client's weights, or those of one for all, make of its rows."""

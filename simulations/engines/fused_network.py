@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from simulations.engines.fused_errors import Errors
+from simulations.engines.fused_products import Threads
 from simulations.engines.fused_stack import Stack
 from simulations.engines.fused_weights import Descent, Weights, Workspace
 
-__all__ = ["Network", "Target"]
+__all__ = ["Bench", "Network", "Target"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,15 @@ class Target:
     errors: Errors
     outputs: Tensor = field(repr=False)
     rows: slice
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a chunk is worked on with: memory that is used again, and so many threads. `batch_size`: of every step."""
+
+    workspace: Workspace = field(repr=False)
+    batch_size: int
+    threads: Threads
 
 
 class _Active:
@@ -45,20 +55,26 @@ class _Active:
 
 
 class Network:
-    """K clients that all start from `start` (d,); `rest` are their weights after the first layer's."""
+    """K clients that all start from `start` (d,); `rest` are their weights after the first layer's.
 
-    def __init__(
-        self, stack: Stack, start: Tensor, count: int, descent: Descent, workspace: Workspace, batch_size: int
-    ) -> None:
-        self.stack, self.descent, self.workspace, self.batch_size = stack, descent, workspace, batch_size
-        self.count, self.size = count, len(start)
+    `threads`: how many of them each piece of work gets.
+    """
+
+    def __init__(self, stack: Stack, start: Tensor, count: int, descent: Descent, bench: Bench) -> None:
+        self.stack, self.descent, self.workspace, self.batch_size = stack, descent, bench.workspace, bench.batch_size
+        self.count, self.size, self.threads = count, len(start), bench.threads
         self.start = [Weights.of(layer, start.unsqueeze(0)) for layer in stack.layers]
-        self.rest = [Weights.held(layer, count, workspace) for layer in stack.layers[1:]]
+        self.rest = [Weights.held(layer, count, bench.workspace) for layer in stack.layers[1:]]
         for weights, source in zip(self.rest, self.start[1:], strict=True):
             weights.copy(source)
         drift = descent.drift
         self.drifts = [] if drift is None else [Weights.of(layer, torch.atleast_2d(drift)) for layer in stack.layers]
         self._active: _Active | None = None
+
+    def step_flops(self, first: int) -> float:
+        """Return the floating-point operations of a step of all clients in the layers from `first` on."""
+        layers = self.stack.layers[first:]
+        return 6.0 * self.count * self.batch_size * sum(layer.inputs * layer.outputs for layer in layers)
 
     def step(self, before: Tensor, target: Target, inner: Tensor | None, error: Tensor) -> None:
         """Take one step and leave the first layer's errors (m, B, out) in `error`.

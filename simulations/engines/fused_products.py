@@ -7,13 +7,14 @@ it meets, which takes milliseconds and about a megabyte, so rows are worked on i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["PADDING", "added_up", "inner_products", "linear", "padded", "threads"]
+__all__ = ["PADDING", "Threads", "added_up", "inner_products", "linear", "padded", "threads"]
 
 PADDING = 128
 """Matrices of many rows have a multiple of this."""
@@ -21,6 +22,10 @@ PADDING = 128
 _BLOCK = 1024
 # Of one client's rows with each other: below this many, a compiled kernel saves less than the call to it costs.
 _FEWEST, _STEP, _MOST = 48, 16, 256
+
+# What is smaller is over before a second thread has begun; and wherever something else runs on its processor, each such
+# piece of work would wait for it: on a busy machine all of them together take ten times as long as in one thread.
+_BROAD_FLOPS, _BROAD_BYTES = 5e7, 16 << 20
 
 _Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,6 +42,21 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Threads:
+    """How many threads a piece of work gets: all `most` where it is large enough for them, by its shapes alone."""
+
+    most: int
+
+    def for_flops(self, flops: float) -> AbstractContextManager[None]:
+        """Return a context for so many floating-point operations."""
+        return threads(self.most if flops >= _BROAD_FLOPS else 1)
+
+    def for_bytes(self, count: int) -> AbstractContextManager[None]:
+        """Return a context for moving so many bytes."""
+        return threads(self.most if count >= _BROAD_BYTES else 1)
 
 
 def padded(count: int) -> int:

@@ -39,6 +39,8 @@ _CALLS: dict[object, _Signature] = {
     F.elu: (layers.elu, (("alpha", 1.0), _IN_PLACE)),
 }
 _RENAMED = {"negative_slope": "slope"}
+# How torch's tracer says what users call otherwise.
+_REASONS = {"control flow": "what it computes depends on the values of a tensor"}
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,42 @@ def stack_of(module: nn.Module) -> Stack:
     """
     spec = ModelSpec.of(module)
     _check_tensors(module, spec)
-    root = nn.Sequential(module)
+    root, tracer = nn.Sequential(module), _Tracer()
     try:
-        graph = fx.Tracer().trace(root)
+        graph = tracer.trace(root)
     except Exception as error:  # whatever the user's code raises when it is given a symbol
+        line = " ".join(str(error).split())
+        reason = next((text for sign, text in _REASONS.items() if sign in line), line)
         raise UnsupportedError(
-            f"{type(module).__name__}.forward cannot be read as a stack of layers: {' '.join(str(error).split())}"
+            f"{tracer.where or type(module).__name__}.forward cannot be read as a stack of layers: {reason}"
         ) from error
     reader = _Reader(root, {tensor.name: tensor for tensor in spec.parameters})
     for node in graph.nodes:
         reader.read(node)
     return reader.stack(spec)
+
+
+class _Tracer(fx.Tracer):
+    """Notes in `where` the innermost layer of the user's own in which tracing failed."""
+
+    where = ""
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace one layer."""
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if not self.where:
+                name, kind = _own_name(self.path_of_module(m)), type(m).__name__
+                self.where = f"layer {name} ({kind})" if name else kind
+            raise
+
+
+def _own_name(target: str) -> str:
+    """Return the name that a layer has in the user's model, which stands at place 0 of the one that is traced."""
+    return target.removeprefix("0").removeprefix(".")
 
 
 def _check_tensors(module: nn.Module, spec: ModelSpec) -> None:
@@ -161,7 +188,7 @@ class _Reader:
         return Stack(tuple(self._layers), spec, self._flattens)
 
     def _module(self, target: str, module: nn.Module) -> None:
-        name = target.removeprefix("0").removeprefix(".")
+        name = _own_name(target)
         activation = layers.activation_of(module)
         if type(module) is nn.Linear:
             self._linear(name, module)

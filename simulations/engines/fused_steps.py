@@ -33,8 +33,9 @@ class SegmentedRun:
     def train(self, inputs: Tensor, plan: Sequence[Segment], errors: Errors, outputs: Tensor) -> None:
         """Take every step on rows of `inputs`; leave the outputs in `outputs` (R, c), step by step."""
         done = 0
-        for segment in plan:
-            done = _SegmentRun(self, segment, inputs).train(errors, outputs, done)
+        with self.network.threads.for_flops(self.network.step_flops(0)):
+            for segment in plan:
+                done = _SegmentRun(self, segment, inputs).train(errors, outputs, done)
         self.weights.moved(self.network.start[0], self.weights)
         self.network.change()
 
@@ -60,7 +61,8 @@ class _SegmentRun:
         self._first = run.network.stack.layers[0]
         steps, clients = len(segment.active), segment.active[0]
         self._rows = run.workspace.take("rows", len(segment.rows), self._first.inputs)
-        torch.index_select(inputs, 0, segment.rows, out=self._rows)
+        with run.network.threads.for_bytes(4 * self._rows.numel()):
+            torch.index_select(inputs, 0, segment.rows, out=self._rows)
         if len(segment.pads):
             # So that what stands for no example adds nothing to any product, whatever the weights.
             self._rows.index_fill_(0, segment.pads, 0.0)

@@ -17,11 +17,13 @@ from fedml_core.update import Update
 from simulations.engines.batch_trainer import BatchWork, UnsupportedError
 from simulations.engines.fused_dual import DualRun
 from simulations.engines.fused_errors import errors_of
-from simulations.engines.fused_network import Network
+from simulations.engines.fused_network import Bench, Network
 from simulations.engines.fused_plan import dual_pays, segments, together
+from simulations.engines.fused_products import Threads, threads
 from simulations.engines.fused_stack import stack_of
 from simulations.engines.fused_steps import SegmentedRun
 from simulations.engines.fused_weights import Descent, Workspace
+from simulations.engines.memory_errors import memory_named
 from simulations.packing import Packed, Visits, visits
 
 __all__ = ["FusedTrainer"]
@@ -58,6 +60,11 @@ class FusedTrainer:
     @torch.no_grad()
     def descend(self, work: BatchWork) -> FusedTrained:
         """Train the K clients; see `SumTrainer`."""
+        most = Threads(torch.get_num_threads())
+        with memory_named(), threads(1):
+            return self._descend(work, most)
+
+    def _descend(self, work: BatchWork, most: Threads) -> FusedTrained:
         rate = work.training.rate(work.round)
         self._check(work)
         inputs = self._stack.rows(work.packed.examples.inputs[0])
@@ -67,7 +74,8 @@ class FusedTrainer:
         width = self._stack.layers[-1].outputs
         errors = self._errors(rows.targets, rows.shares, width)
         outputs = space.take("outputs", len(rows.targets), width)
-        network = Network(self._stack, work.parameters, len(work.packed), descent, space, batch_size)
+        bench = Bench(space, batch_size, most)
+        network = Network(self._stack, work.parameters, len(work.packed), descent, bench)
         run: DualRun | SegmentedRun
         if self._never_touches(work.packed, seen):
             run = DualRun(network, inputs, seen, work.packed.counts[seen.order])
@@ -151,14 +159,16 @@ class FusedTrained:
     @torch.no_grad()
     def rows(self) -> Update:
         """Return the K updates."""
-        values = torch.empty(len(self._order), self._size)
-        self._run.rows(values)
+        with memory_named(), threads(1):
+            values = torch.empty(len(self._order), self._size)
+            self._run.rows(values)
         return self.reports.replace(values=values if self._back is None else values.index_select(0, self._back))
 
     @torch.no_grad()
     def total(self, factors: Tensor) -> Tensor:
         """Return the sum of the K updates, each times its factor."""
-        return self._run.total(factors.float()[self._order])
+        with memory_named(), threads(1):
+            return self._run.total(factors.float()[self._order])
 
 
 class _Rows:

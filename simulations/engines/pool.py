@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from clients.memory import Remembered
 from fedml_core.bulk import GatheredArrival
 from fedml_core.errors import ConfigError, RunError
 from fedml_core.messages import Arrived, Assignment, TrainWork
@@ -139,7 +140,9 @@ class _Round:
 
     def __init__(self, pool: Pool, assignment: Assignment, cohort: Sequence[int]) -> None:
         self._pool, self._assignment = pool, assignment
-        self._adds_up = isinstance(assignment.work, TrainWork)
+        work, spec = assignment.work, pool.stage.trainer.spec
+        self._adds_up = isinstance(work, TrainWork)
+        self._remembers = isinstance(work, TrainWork) and bool(work.pipeline.memory(spec))
         self._waiting = deque(chunks(pool.stage, cohort, len(pool.workers), pool.inner))
         self._given: dict[Worker, list[Chunk]] = {worker: [] for worker in pool.workers}
         self._busy: set[Worker] = set()
@@ -160,10 +163,11 @@ class _Round:
     def _work(self) -> Iterator[Arrived]:
         while self._waiting or self._busy:
             idle = [worker for worker in self._pool.workers if worker not in self._busy]
+            last = self._adds_up and len(self._waiting) <= len(idle)
             for worker in idle[: len(self._waiting)]:
                 chunk = self._waiting.popleft()
                 self._given[worker].append(chunk)
-                worker.give(self._with_memories(chunk))
+                worker.give(dataclasses.replace(chunk, memories=self._memories(chunk), last=last))
                 self._busy.add(worker)
             with span("workers"):
                 heard = self._pool.crew.heard(self._busy)
@@ -175,7 +179,7 @@ class _Round:
                     self._replace(worker, error)
                     continue
                 yield from self._take(answer)
-                if not self._adds_up:
+                if not self._adds_up or (isinstance(answer, Done) and answer.gathered is not None):
                     self._given[worker].clear()
 
     def _sums(self) -> Iterator[Arrived]:
@@ -191,10 +195,12 @@ class _Round:
             self._given[worker].clear()
             yield gathered
 
-    def _with_memories(self, chunk: Chunk) -> Chunk:
+    def _memories(self, chunk: Chunk) -> Mapping[int, Remembered]:
+        """Return what the chunk's clients remember, if the work asks for it: of thousands, each look counts."""
+        if not self._remembers:
+            return {}
         memory = self._pool.stage.memory
-        kept = {number: one for number in chunk.clients if (one := memory.get(number)) is not None}
-        return dataclasses.replace(chunk, memories=kept) if kept else chunk
+        return {number: one for number in chunk.clients if (one := memory.get(number)) is not None}
 
     def _take(self, answer: Done | Failed) -> Iterator[Arrived]:
         if isinstance(answer, Failed):
@@ -204,6 +210,8 @@ class _Round:
         for number, remembered in answer.memories.items():
             self._pool.stage.memory.put(number, remembered)
         yield from answer.arrivals
+        if answer.gathered is not None:
+            yield answer.gathered
         for text in answer.told:
             self._pool.tell_once(text)
 
@@ -218,7 +226,10 @@ class _Round:
                 "run it with engine = 'sequential' to see why"
             )
         pool.stage.tell(f"a worker died in round {number} ({error}); its clients are done again")
-        self._waiting.extend(self._given.pop(lost))
+        again = self._given.pop(lost)
+        self._waiting.extend(again)
+        if self._adds_up:
+            pool.stage.again([client for chunk in again for client in chunk.clients], number)
         pool.workers.remove(lost)
         try:
             fresh = pool.crew.start(1)

@@ -21,10 +21,10 @@ from fedml_core.messages import Assignment
 from fedml_core.spans import Recorder, recorder
 from simulations.engines.chunk_worker import Chunk, Done, Failed, Job
 from simulations.engines.engine import Engine, Session, Stage
-from simulations.engines.parcel import packed
+from simulations.engines.parcel import Shelf, packed, unpacked
 from simulations.engines.pool import Crew, Pool, Worker, WorkerLostError
 from simulations.engines.sequential import Sequential
-from simulations.engines.worker import Round, work
+from simulations.engines.worker import Round, Shelves, work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class Processes(Engine):
     inner: Engine = field(default_factory=Sequential)
     devices: tuple[str, ...] = ()
     name: ClassVar[str] = "processes"
+    protects_examples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the workers."""
@@ -56,18 +57,20 @@ class Processes(Engine):
         inner = dataclasses.replace(self.inner, skip_failures=self.skip_failures)
         devices = [str(choose_device(device)) for device in self.devices] or [str(stage.trainer.device)]
         count = self.workers or len(self.devices) or available_processors()
-        return Pool(_Processes(Job.of(inner, stage), devices), stage, count, inner)
+        model_bytes = 4 * stage.trainer.spec.size
+        return Pool(_Processes(Job.of(inner, stage), devices, model_bytes), stage, count, inner)
 
 
 class _Processes(Crew):
-    """Worker processes and the pipes to them; worker i computes on device i, of as many as there are, in turn.
+    """Worker processes and the pipes to them; each computes on the device that the fewest others compute on.
 
     Torch's threads here wait for work by spinning, on the workers' processors: where the model is small, there is one
-    until the crew is closed.
+    until the crew is closed. A large model's parameters and sums, of `model_bytes` each, lie in memory that is shared.
     """
 
-    def __init__(self, job: Job, devices: Sequence[str]) -> None:
-        self._job, self._devices, self._started = job, devices, 0
+    def __init__(self, job: Job, devices: Sequence[str], model_bytes: int) -> None:
+        self._job, self._devices, self._workers = job, devices, list[_ProcessWorker]()
+        self._model_bytes, self._down = model_bytes, Shelf.of(model_bytes)
         self._threads: int | None = None
         on_cpu = all(device == "cpu" for device in devices)
         forks = "fork" in multiprocessing.get_all_start_methods() and on_cpu
@@ -81,8 +84,8 @@ class _Processes(Crew):
         return [self._start() for _ in range(count)]
 
     def share(self, assignment: Assignment) -> object:
-        """Return the round as bytes, made once."""
-        return packed(Round(assignment))
+        """Return the round as bytes, made once; of the last exchange's, nobody waits for any more."""
+        return packed(Round(assignment), self._down)
 
     def heard(self, busy: Collection[Worker]) -> Sequence[Worker]:
         """Wait for pipes that can be read."""
@@ -97,9 +100,12 @@ class _Processes(Crew):
 
     def _start(self) -> Worker:
         ours, theirs = self._context.Pipe()
-        device = self._devices[self._started % len(self._devices)]
-        self._started += 1
-        process = self._context.Process(target=work, args=(theirs, self._job, device, _like(recorder())), daemon=True)
+        self._workers = [worker for worker in self._workers if not worker.ended]
+        taken = [worker.place for worker in self._workers]
+        place = min(range(len(self._devices)), key=taken.count)
+        shelves = Shelves(self._down, Shelf.of(self._model_bytes))
+        given = (theirs, self._job, self._devices[place], _like(recorder()), shelves)
+        process = self._context.Process(target=work, args=given, daemon=True)
         try:
             process.start()
         except (AttributeError, TypeError, ValueError) as error:
@@ -107,23 +113,33 @@ class _Processes(Crew):
                 f"the task cannot be sent to worker processes ({error}); define it in a module, or use one process"
             ) from error
         theirs.close()
-        return _ProcessWorker(process, ours)
+        self._workers.append(_ProcessWorker(process, ours, shelves.up, place))
+        return self._workers[-1]
 
 
 class _ProcessWorker(Worker):
-    """A worker process and the pipe to it."""
+    """A worker process and the pipe to it.
 
-    def __init__(self, process: Any, connection: Connection) -> None:
-        self._process, self.connection = process, connection
+    `up`: where its answers' large tensors lie. `place`: of its device among the crew's.
+    """
+
+    def __init__(self, process: Any, connection: Connection, up: Shelf | None, place: int) -> None:
+        self._process, self.connection, self._up, self.place = process, connection, up, place
+        self.ended = False
+        self._round: bytes | None = None
 
     def begin(self, shared: object) -> None:
-        """Send the round."""
+        """Keep the round for the first chunk: a worker that is woken for it alone only takes time from this process."""
         assert isinstance(shared, bytes)
-        self._send(shared)
+        self._round = shared
 
     def give(self, chunk: Chunk) -> None:
-        """Send a chunk."""
-        self._send(packed(chunk))
+        """Send a chunk, and before the first of a round what the round is."""
+        message = packed(chunk)
+        if self._round is not None:
+            self._send(self._round)
+            self._round = None
+        self._send(message)
 
     def receive(self) -> Done | Failed:
         """Return the answer to a chunk."""
@@ -141,6 +157,7 @@ class _ProcessWorker(Worker):
 
     def end(self) -> None:
         """End the process if it still runs."""
+        self.ended = True
         self.connection.close()
         if self._process.is_alive():
             self._process.terminate()
@@ -153,7 +170,7 @@ class _ProcessWorker(Worker):
 
     def _receive(self) -> Any:
         try:
-            return self.connection.recv()
+            return unpacked(self.connection.recv_bytes(), self._up)
         except (EOFError, ConnectionResetError, BrokenPipeError) as error:
             self.end()
             raise WorkerLostError(f"exit code {self._process.exitcode}") from error

@@ -56,6 +56,7 @@ class Ray(Engine):
     address: str | None = None
     inner: Engine = field(default_factory=Sequential)
     name: ClassVar[str] = "ray"
+    protects_examples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the numbers."""

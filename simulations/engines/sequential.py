@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import ClassVar
 
-from clients.client import Client
+from clients.client import Client, Trainer
 from fedml_core.errors import ConfigError, TaskError
 from fedml_core.memory_layout import MemoryLayout
-from fedml_core.messages import Arrival, Assignment
+from fedml_core.messages import Arrival, Assignment, TrainWork
 from simulations.engines.engine import Engine, Session, Stage, arrival_of
 from simulations.prefetch import announce
 
@@ -27,18 +27,21 @@ class Sequential(Engine):
     memory_layout: MemoryLayout = "auto"
     deterministic: bool = False
     name: ClassVar[str] = "sequential"
+    protects_examples: ClassVar[bool] = True
 
     def open(self, stage: Stage) -> Session:
         """Return a session that shares one trainer among all clients."""
+        if stage.private is not None and self.deterministic:
+            raise ConfigError("private training draws fresh noise each time, so deterministic = true cannot be kept")
         stage.trainer.configure(self.memory_layout, deterministic=self.deterministic, tell=stage.tell)
-        return OneByOne(stage, self.skip_failures)
+        return OneByOne(stage, self.skip_failures, self.memory_layout)
 
 
 class OneByOne(Session):
     """Does each client's work by itself."""
 
-    def __init__(self, stage: Stage, skip_failures: bool) -> None:
-        self._stage = stage
+    def __init__(self, stage: Stage, skip_failures: bool, memory_layout: MemoryLayout = "auto") -> None:
+        self._stage, self._layout = stage, memory_layout
         self._fatal = () if skip_failures else (TaskError, ConfigError)
 
     def run(self, assignment: Assignment, cohort: Sequence[int]) -> Iterator[Arrival]:
@@ -46,9 +49,19 @@ class OneByOne(Session):
         stage = self._stage
         return stage.faults.disturb(self._replies(assignment, cohort), assignment.round, stage.seed)
 
+    @cached_property
+    def _trainer(self) -> Trainer:
+        """What trains; made when it is first needed, as most sessions of other engines never need theirs."""
+        stage = self._stage
+        if stage.private is None:
+            return stage.trainer
+        device = str(stage.trainer.device)
+        return stage.private.trainer(stage.task, stage.seed, device=device, memory_layout=self._layout)
+
     def _replies(self, assignment: Assignment, cohort: Sequence[int]) -> Iterator[Arrival]:
         stage = self._stage
         announce(stage.population, cohort)
+        trainer = self._trainer if isinstance(assignment.work, TrainWork) else stage.trainer
         for number in cohort:
-            client = Client(number, partial(stage.population.load, number), stage.trainer, stage.memory)
+            client = Client(number, partial(stage.population.load, number), trainer, stage.memory)
             yield arrival_of(client.answer(assignment, fatal=self._fatal))

@@ -29,6 +29,7 @@ class Threaded(Engine):
     threads: int = 1
     inner: Engine = field(default_factory=Sequential)
     name: ClassVar[str] = "threaded"
+    protects_examples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the threads."""

@@ -6,6 +6,7 @@ is needed for the forward pass only, and losses and metrics that treat examples 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from clients.optimizers import OptimizerFactory, make_optimizer
 from clients.torch_trainer import has_batch_norm
 from fedml_core.data import Examples
 from fedml_core.devices import seeded_torch
-from fedml_core.errors import ConfigError, SpecMismatchError, StrategyError, TaskError
+from fedml_core.errors import TaskError
 from fedml_core.evaluation import Evaluator
 from fedml_core.randomness import seed_of
 from fedml_core.task import Task
@@ -25,15 +26,14 @@ from simulations.engines.batch_coupling import Coupling, coupling
 from simulations.engines.batch_plan import Batches, Group, Plan, Step
 from simulations.engines.batch_tally import BatchTally
 from simulations.engines.batch_trainer import BatchWork, UnsupportedError
-from simulations.engines.batched_model import BatchedModel, explained
+from simulations.engines.batched_model import OWN_ERRORS, BatchedModel, explained
 from simulations.engines.batched_state import BatchedState, Steering
 from simulations.engines.functional_optimizers import FunctionalOptimizer, functional
+from simulations.engines.resident import uploaded
+from simulations.engines.step_graphs import Report, StepGraphs
 from simulations.packing import visits
 
 __all__ = ["VmapTrainer"]
-
-# What the caller must know as it is; any other failure is the work's, and shows again client by client.
-_OWN_ERRORS = (UnsupportedError, torch.OutOfMemoryError, ConfigError, SpecMismatchError, StrategyError)
 
 
 class VmapTrainer:
@@ -51,6 +51,7 @@ class VmapTrainer:
         self._optimizer = optimizer
         self._coupling: Coupling | None = None
         self._blocks: list[Tensor] | None = None
+        self.graphs = StepGraphs.on(self._bench.device, self._bench.module)
         self.spec = self._bench.spec
 
     def initial(self) -> Tensor:
@@ -70,13 +71,13 @@ class VmapTrainer:
         try:
             with seeded_torch(seed_of(*work.purpose, "train"), device), self._model.running(work.purpose):
                 return self._train(work, f"at round {work.round}")
-        except _OWN_ERRORS:
+        except OWN_ERRORS:
             raise
         except Exception as error:
             raise explained(error, self._model, "the loss, a metric or the backward pass") from error
 
     def _train(self, work: BatchWork, when: str) -> Update:
-        examples, device = work.packed.examples.to(self._bench.device), self._bench.device
+        examples, device = uploaded(work.packed.examples, self._bench.device), self._bench.device
         start = self._bench.load(work.parameters, when)
         named = dict(self._bench.module.named_parameters())
         trainable = [named[tensor.name] for tensor in self.spec.parameters]
@@ -96,8 +97,9 @@ class VmapTrainer:
         tally = BatchTally(plan)
         streams = torch.as_tensor(work.clients, dtype=torch.int64).to(device)[order]
         run = _Run(self._model, self._bench.task, plan, state, tally, streams, coupled)
+        take = run.take if self.graphs is None else partial(self.graphs.take, run)
         for step, batches in plan.batches(examples):
-            run.take(step, batches, optimizer, steering)
+            take(step, batches, optimizer, steering)
         return _update(state.moved(order).cpu(), plan, tally, optimizer.rate)
 
     def _coupled(self, work: BatchWork, examples: Examples, when: str) -> Coupling:
@@ -119,33 +121,37 @@ class _Run:
         task: Task,
         plan: Plan,
         state: BatchedState,
-        tally: BatchTally,
+        tally: Report,
         streams: Tensor,
         coupled: Coupling,
     ) -> None:
-        self._model, self._plan, self._state, self._tally, self._streams = model, plan, state, tally, streams
-        self._loss, self._metrics = task.loss, dict(task.metrics)
-        self._together = not coupled.loss
+        self._model, self.plan, self.state, self.tally, self.streams = model, plan, state, tally, streams
+        self._task, self._loss, self._metrics = task, task.loss, dict(task.metrics)
+        self._coupled, self._together = coupled, not coupled.loss
+
+    def elsewhere(self, plan: Plan, tally: Report, streams: Tensor) -> _Run:
+        """Return steps on the same weights with other memory for what they read and report."""
+        return _Run(self._model, self._task, plan, self.state, tally, streams, self._coupled)
 
     def take(self, step: Step, batches: Batches, optimizer: FunctionalOptimizer, steering: Steering) -> None:
         """Take one step of all clients that still train."""
         self._model.begin_step(step.number)
-        tensors = self._state.tensors(step.active)
+        tensors = self.state.tensors(step.active)
         if len(step.groups) == 1:
             gradients: list[Tensor | None] = list(self._gradients(step, step.groups[0], tensors, batches))
         else:
             gradients = [None] * self._model.parameters
             for group in step.groups:
-                parts = self._state.parts(step.active, group.places)
+                parts = self.state.parts(step.active, group.places)
                 found = self._gradients(step, group, parts, batches)
-                self._state.put_back(group.places, parts)
+                self.state.put_back(group.places, parts)
                 for place, gradient in enumerate(found):
                     if gradient is not None:
                         whole = gradients[place]
                         if whole is None:
                             whole = gradients[place] = torch.zeros_like(tensors[place])
                         whole[group.places] = gradient
-        self._state.step(optimizer, steering, gradients, step.number + 1)
+        self.state.step(optimizer, steering, gradients, step.number + 1)
 
     def _gradients(
         self, step: Step, group: Group, tensors: list[Tensor], batches: Batches
@@ -156,20 +162,20 @@ class _Run:
         rows = slice(step.first, step.first + step.active)
         inputs = [column[places, :count] for column in batches.inputs]
         targets = batches.targets[places, :count]
-        shares = self._plan.shares[rows][places, :count]
-        outputs = self._model(tensors, inputs, self._streams[: step.active][places])
+        shares = self.plan.shares[rows][places, :count]
+        outputs = self._model(tensors, inputs, self.streams[: step.active][places])
         call = self._call_together if self._together else self._call_apart
         losses = call(self._loss, outputs, targets, "the task's loss")
         if losses.dim() == 1:
             shares = torch.ones_like(losses)
-            if self._plan.weighted:
+            if self.plan.weighted:
                 raise TaskError("a scalar loss cannot weigh its examples")
         gradients = torch.autograd.grad(losses, tensors[: self._model.parameters], shares, allow_unused=True)
         with torch.no_grad():
-            self._tally.add("loss", step, places, losses.detach(), count)
+            self.tally.add("loss", step, places, losses.detach(), count)
             for name, metric in self._metrics.items():
                 values = call(metric, outputs, targets, f"the task's metric {name}")
-                self._tally.add(name, step, places, values.detach(), count)
+                self.tally.add(name, step, places, values.detach(), count)
         return gradients
 
     @staticmethod

@@ -10,5 +10,5 @@ the very same steps, it yields the update, or the partial sum, that it was after
 - `test_substitution.py`: other keys, members, models, sessions; replays; shrunken cohorts (property A4)
 - `test_members.py`: wrong shares, wrong commitments, false complaints
 - `test_leakage.py`: what the bytes beside the masked vector say (property A3), and where randomness is from (A6)
-- `test_decoders.py`: mutated and random bytes at every decoder
+- `test_decoders.py`: mutated and random bytes at every decoder of `decoders.py`, and, in `fuzz.py`, a fuzzer
 """

@@ -20,6 +20,7 @@ from fedml_core.secagg.bulletin import Bulletin, verify
 from fedml_core.secagg.client import BOX_SIZE, SHARE_SIZE, ClientSession
 from fedml_core.secagg.codec import Kind, Reader
 from fedml_core.secagg.parameters import Parameters
+from fedml_core.secagg.party import Party
 from fedml_core.secagg.server import ServerSession
 
 BINDING = bytes(range(32))
@@ -91,7 +92,7 @@ class World:
         self.vectors = dict(vectors or vectors_of(self.parameters, self.members, seed))
 
     def client(self, member: int, kind: Callable[..., ClientSession] = ClientSession) -> ClientSession:
-        return kind(self.parameters, member, self.roster, identity(member).sign, verify=self.verify)
+        return kind(self.parameters, Party(member, self.roster, identity(member).sign, self.verify))
 
     @property
     def bulletin(self) -> Bulletin:

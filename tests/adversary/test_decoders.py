@@ -2,87 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from functools import cache
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedml_core.errors import SecureAggregationError
-from fedml_core.secagg.bulletin import Advert, Bulletin
-from fedml_core.secagg.client import ComplaintError
+from fedml_core.secagg import transcript
+from fedml_core.secagg.codec import Kind
 from fedml_core.secagg.parameters import Parameters
-from tests.adversary.players import BINDING, World
+from tests.adversary.decoders import due
 
-Decoder = Callable[[World, bytes], object]
-
-CLIENT: dict[str, Decoder] = {
-    "bulletin": lambda w, data: Bulletin.read(w.parameters, data, w.roster, w.verify),
-    "delivery": lambda w, data: w.clients[0].receive(data, BINDING),
-    "survivors": lambda w, data: w.clients[0].confirm(data),
-    "quorum": lambda w, data: w.clients[0].unmask(data),
-}
-SERVER: dict[str, Decoder] = {
-    "advert": lambda w, data: w.server.receive_advert(Advert.from_bytes(data).member, data),
-    "shares": lambda w, data: w.server.receive_shares(0, data),
-    "masked": lambda w, data: w.server.receive_masked(0, data, w.vectors[0]),
-    "complaint": lambda w, data: w.server.receive_complaint(0, data),
-    "confirmation": lambda w, data: w.server.receive_confirmation(0, data),
-    "unmasking": lambda w, data: w.server.receive_unmasking(0, data),
-}
-DECODERS = CLIENT | SERVER
-NUMBERS = {"advert": 1, "bulletin": 2, "shares": 3, "delivery": 4, "masked": 5, "survivors": 6, "confirmation": 7}
-NUMBERS |= {"quorum": 8, "unmasking": 9, "complaint": 10}
-
-
-@cache
-def valid(name: str) -> bytes:
-    """Return a valid message of a kind."""
-    return ready(name)[1]
-
-
-def ready(name: str) -> tuple[World, bytes]:
-    """Return a world in which a message of a kind is due to or from member 0, and that message."""
-    world = World(4)
-    first = world.client(0)
-    if name == "advert":
-        return world, first.advertise()
-    world.advertise()
-    if name == "bulletin":
-        return world, world.bulletin.to_bytes
-    own = world.share_of(0)
-    if name == "shares":
-        return world, own
-    world.server.receive_shares(0, own)
-    for member in (1, 2, 3):
-        world.server.receive_shares(member, world.share_of(member))
-    world.server.close_shares(BINDING)
-    if name == "delivery":
-        return world, world.server.delivery(0)
-    if name == "complaint":
-        return world, ComplaintError([1, 2]).message
-    return later(world, name)
-
-
-def later(world: World, name: str) -> tuple[World, bytes]:
-    message, vector = world.masked(0)
-    if name == "masked":
-        return world, message
-    world.server.receive_masked(0, message, vector)
-    for member in (1, 2, 3):
-        world.server.receive_masked(member, *world.masked(member))
-    survivors = world.server.close_masked()
-    if name == "survivors":
-        return world, survivors
-    confirmation = world.clients[0].confirm(survivors)
-    if name == "confirmation":
-        return world, confirmation
-    world.server.receive_confirmation(0, confirmation)
-    for member in (1, 2, 3):
-        world.server.receive_confirmation(member, world.clients[member].confirm(survivors))
-    quorum = world.server.quorum()
-    return world, quorum if name == "quorum" else world.clients[0].unmask(quorum)
+KINDS = pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name.lower())
 
 
 @st.composite
@@ -99,31 +33,36 @@ def mutations(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     return mutate
 
 
-@pytest.mark.parametrize("name", DECODERS)
-@settings(max_examples=60)
-@given(mutate=mutations(), again=mutations())
-def test_a_mutated_message_is_read_or_refused(
-    name: str, mutate: Callable[[bytes], bytes], again: Callable[[bytes], bytes]
-) -> None:
-    world, message = ready(name)
-    for data in (mutate(message), again(mutate(message))):
-        try:
-            DECODERS[name](world, data)
-        except SecureAggregationError as error:
-            assert str(error)
+@KINDS
+def test_the_message_that_is_due_is_read(kind: Kind) -> None:
+    one = due(kind)
+    assert one.message[5] == kind
+    one.read(one.message)
+    assert len(one.message) == len(due(kind).message)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@KINDS
+@settings(max_examples=50)
+@given(changes=st.lists(mutations(), min_size=1, max_size=2))
+def test_a_mutated_message_is_read_or_refused(kind: Kind, changes: list[Callable[[bytes], bytes]]) -> None:
+    one = due(kind)
+    data = one.message
+    for change in changes:
+        data = change(data)
+    try:
+        one.read(data)
+    except SecureAggregationError as error:
+        assert str(error)
+
+
+@KINDS
 @settings(max_examples=30)
-@given(data=st.binary(max_size=400))
-def test_random_bytes_are_read_or_refused(name: str, data: bytes) -> None:
-    world, _ = ready(name)
-    head = b"fvsa\x01" + bytes([NUMBERS[name]])
-    for attempt in (data, head + data):
-        try:
-            DECODERS[name](world, attempt)
-        except SecureAggregationError as error:
-            assert str(error)
+@given(data=st.binary(max_size=400), headed=st.booleans())
+def test_random_bytes_are_read_or_refused(kind: Kind, data: bytes, headed: bool) -> None:
+    try:
+        due(kind).read(b"fvsa\x01" + bytes([kind]) + data if headed else data)
+    except SecureAggregationError as error:
+        assert str(error)
 
 
 @given(st.text(max_size=200))
@@ -132,8 +71,14 @@ def test_random_text_is_no_parameters(text: str) -> None:
         Parameters.from_text(text)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_the_message_that_is_due_is_read(name: str) -> None:
-    world, message = ready(name)
-    DECODERS[name](world, message)
-    assert len(message) == len(valid(name))
+@settings(max_examples=100)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=9) | st.just("secagg+"),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+        max_leaves=9,
+    )
+)
+def test_whatever_json_is_given_as_a_transcript_has_findings(value: Any) -> None:
+    findings = transcript.check(json.loads(json.dumps(value)))
+    assert findings and any(finding.verdict == "failed" for finding in findings)

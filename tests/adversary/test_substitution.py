@@ -14,6 +14,7 @@ from fedml_core.errors import SecureAggregationError, ThresholdError
 from fedml_core.secagg.bulletin import Advert, Bulletin
 from fedml_core.secagg.client import ClientSession, ComplaintError
 from fedml_core.secagg.codec import Kind, Writer
+from fedml_core.secagg.party import Party
 from fedml_core.secagg.server import ServerSession
 from fedml_core.secagg.survivors import write_survivors
 from tests.adversary import weakened
@@ -29,7 +30,7 @@ def invented_company() -> tuple[World, NDArray[np.uint32]]:
     for member in world.members:
         sign = identity(member if member == VICTIM else 99).sign
         world.clients[member] = ClientSession(
-            world.parameters, member, world.roster, sign, verify=weakened.believe_everybody
+            world.parameters, Party(member, world.roster, sign, weakened.believe_everybody)
         )
     world.server = ServerSession(world.parameters, range(5), world.roster, verify=weakened.believe_everybody)
     return world, world.run() - world.sum_of(set(range(5)) - {VICTIM})
@@ -40,7 +41,7 @@ def test_members_with_other_keys_than_the_pinned_ones_are_refused_by_everybody()
     world = World(5)
     world.advertise()
     adverts = list(world.bulletin.adverts)
-    fresh = Advert.from_bytes(ClientSession(world.parameters, 1, {}, identity(99).sign).advertise())
+    fresh = Advert.from_bytes(ClientSession(world.parameters, Party(1, {}, identity(99).sign)).advertise())
     adverts[1] = fresh
     writer = Writer(Kind.BULLETIN).number(5)
     for advert in adverts:
@@ -58,7 +59,7 @@ def test_without_signatures_an_invented_company_gives_the_victim_away() -> None:
 def test_the_victim_leaves_an_invented_company() -> None:
     world = World(5)
     advert = world.clients[VICTIM].advertise()
-    others = [ClientSession(world.parameters, m, {}, identity(99).sign) for m in (0, 1, 2, 4)]
+    others = [ClientSession(world.parameters, Party(m, {}, identity(99).sign)) for m in (0, 1, 2, 4)]
     adverts = sorted([advert, *(one.advertise() for one in others)], key=lambda data: data[6:10])
     data = Writer(Kind.BULLETIN).number(5).bytes() + b"".join(one[6:] for one in adverts)
     with pytest.raises(SecureAggregationError, match="member 0 is not signed by its identity key"):
@@ -151,7 +152,7 @@ def test_a_member_with_any_other_parameter_is_in_no_sum(field: str) -> None:
     # "A4 binding: change one byte of round, attempt, roster or any parameter at one client: an abort, never a sum."
     other = {"run": "s", "round": 2, "attempt": 1, "length": 9, "minimum": 3, "corrupt_share": 0.1, "roster": "cd"}
     world = World(4)
-    stranger = ClientSession(parameters_of(**{field: other[field]}), 3, world.roster, identity(3).sign)
+    stranger = ClientSession(parameters_of(**{field: other[field]}), Party(3, world.roster, identity(3).sign))
     with pytest.raises(SecureAggregationError, match="member 3 is not signed"):
         world.server.receive_advert(3, stranger.advertise())
 

@@ -17,16 +17,8 @@ from clients.memory import InProcessMemory
 from fedml_core.config import SiteConfig
 from fedml_core.data import ClientData, Examples
 from fedml_core.errors import PrivacyError, TaskError
-from fedml_core.messages import (
-    Assignment,
-    EvaluateWork,
-    Evaluation,
-    Failure,
-    Refusal,
-    TrainWork,
-    assignment_from_frame,
-    assignment_to_frame,
-)
+from fedml_core.message_frames import assignment_from_frame, assignment_to_frame
+from fedml_core.messages import Assignment, EvaluateWork, Evaluation, Failure, Refusal, TrainWork
 from fedml_core.privacy.accounting import Claim
 from fedml_core.privacy.clipping import ClipByNorm
 from fedml_core.privacy.ledger import Entry, Ledger

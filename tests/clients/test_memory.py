@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from clients.memory import STORE_NAME, InProcessMemory, Remembered, SpillingMemory
+from clients.memory import STORE_NAME, InProcessMemory, Remembered
+from clients.spilling_memory import SpillingMemory
 from fedml_core.errors import CheckpointError, ConfigError
 from fedml_core.storage import load_tree
 from tests.sources import ROOT
@@ -154,7 +155,7 @@ def test_a_run_can_go_on_with_a_store_that_was_begun_without_one(tmp_path: Path)
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from clients.memory import SpillingMemory
+from clients.spilling_memory import SpillingMemory
 from fedml_core.storage import save_tree
 from tests.clients.test_memory import memory_of
 
@@ -245,7 +246,7 @@ def test_a_disk_that_refuses_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_two_runs_cannot_write_one_store(tmp_path: Path) -> None:
     child = (
-        "import sys\nfrom pathlib import Path\nfrom clients.memory import SpillingMemory\n"
+        "import sys\nfrom pathlib import Path\nfrom clients.spilling_memory import SpillingMemory\n"
         "from tests.clients.test_memory import memory_of\n"
         "store = SpillingMemory(Path(sys.argv[1]), 0)\nstore.put(1, memory_of(1, 1))\nprint('open', flush=True)\n"
         "sys.stdin.read()\n"

@@ -11,21 +11,14 @@ from clients.secagg import SecureMember
 from clients.standing import Standing
 from fedml_core.binding import binding_of
 from fedml_core.errors import RefusalError, SecureAggregationError, TaskError
-from fedml_core.messages import (
-    Assignment,
-    EvaluateWork,
-    Failure,
-    Refusal,
-    SecureWork,
-    TrainWork,
-    assignment_from_frame,
-    assignment_to_frame,
-)
+from fedml_core.message_frames import assignment_from_frame, assignment_to_frame
+from fedml_core.messages import Assignment, EvaluateWork, Failure, Refusal, SecureWork, TrainWork
 from fedml_core.secagg.client import ClientSession, Phase
 from fedml_core.secagg.parameters import Parameters
 from fedml_core.training import Training
 from fedml_core.update import Update
-from tests.secure_cases import DIGEST, AnyCohort, Keys, RememberedAttempts, SecureChannel, secure_coordinator
+from simulations.virtual_sites import AnySite
+from tests.secure_cases import DIGEST, Keys, RememberedAttempts, SecureChannel, secure_coordinator
 from tests.server.test_secagg import KEYS, SIZE, secure
 
 PARAMETERS = Parameters(
@@ -42,8 +35,8 @@ PARAMETERS = Parameters(
 )
 
 
-def member(floor: AnyCohort | None = None, keys: Keys = KEYS) -> SecureMember:
-    standing = Standing(0, keys.roster, DIGEST, keys.private[0].sign, RememberedAttempts(), floor or AnyCohort())
+def member(floor: AnySite | None = None, keys: Keys = KEYS) -> SecureMember:
+    standing = Standing(0, keys.roster, DIGEST, keys.private[0].sign, RememberedAttempts(), floor or AnySite())
     return SecureMember(standing, lambda assignment: Update.of(torch.ones(SIZE), 1.0, examples=1.0))
 
 
@@ -62,7 +55,7 @@ def advertise(parameters: Parameters = PARAMETERS) -> tuple[Assignment, SecureWo
 
 
 def test_a_floor_that_says_no_is_heard_before_any_key_is_made() -> None:
-    class High(AnyCohort):
+    class High(AnySite):
         def check(self, parameters: Parameters) -> None:
             raise RefusalError("minimum_cohort", "the server asks for 2, this site's minimum_cohort is 5")
 

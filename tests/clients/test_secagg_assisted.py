@@ -26,7 +26,8 @@ from fedml_core.secagg.phases import AssistedPhase
 from fedml_core.training import Training
 from fedml_core.transform import Chain
 from fedml_core.update import Update
-from tests.secure_cases import DIGEST, AnyCohort, Keys, RememberedAttempts
+from simulations.virtual_sites import AnySite
+from tests.secure_cases import DIGEST, Keys, RememberedAttempts
 
 SIZE = 7
 KEYS = Keys(4)
@@ -47,7 +48,7 @@ WORK = TrainWork(Training(batch_size=4), Chain(), {}, seed=3)
 
 
 def member(number: int = 0, **changes: Any) -> SecureMember:
-    standing = Standing(number, KEYS.roster, DIGEST, KEYS.private[number].sign, RememberedAttempts(), AnyCohort())
+    standing = Standing(number, KEYS.roster, DIGEST, KEYS.private[number].sign, RememberedAttempts(), AnySite())
     return SecureMember(
         dataclasses.replace(standing, **changes),
         lambda assignment: Update.of(torch.ones(SIZE), 1.0, examples=1.0),
@@ -116,6 +117,29 @@ def test_a_sites_own_threshold_counts_the_assistants_that_open_masks(stage: str)
         ask(member(floor=CohortFloor(SecureAggregationTable(minimum_threshold=3))), stage, case.offer)
     assert refused.value.rule == "minimum_threshold"
     ask(member(floor=CohortFloor(SecureAggregationTable(minimum_threshold=2))), stage, case.offer)
+
+
+def test_a_site_contributes_to_no_sum_whose_masks_others_than_its_own_assistants_would_take_off() -> None:
+    # Guarantees: "where the site.toml lists assistants, it contributes to no sum whose masks anybody else would take
+    # off."
+    case, counter = Sum().advertise(), RememberedAttempts()
+    picky = member(floor=CohortFloor(SecureAggregationTable(assistants=[2, 0, 3])), counter=counter)
+    with pytest.raises(RefusalError) as refused:
+        ask(picky, "contribute", case.offer)
+    assert (refused.value.rule, str(refused.value)) == (
+        "assistants",
+        "the server names the assistants 0, 1, 2, this site's assistants are 0, 2, 3; it must do without 1",
+    )
+    assert not picky.busy and counter.last == {}
+    content = member(floor=CohortFloor(SecureAggregationTable(assistants=[3, 2, 1, 0])))
+    assert ask(content, "contribute", case.offer).vector is not None
+
+
+def test_whom_a_site_trusts_says_nothing_about_sums_that_it_only_assists_in() -> None:
+    floor = CohortFloor(SecureAggregationTable(assistants=[]))
+    assert "advert" in ask(member(floor=floor), "assist-advertise", Sum().offer).parts
+    with pytest.raises(RefusalError, match="this site's assistants are none; it must do without 0, 1, 2"):
+        floor.check_assistants((0, 1, 2))
 
 
 def test_a_site_without_an_operator_takes_part_in_semi_honest_sums_only_if_it_says_so() -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from clients.service import SiteService, redacted
+from clients.redaction import redacted
+from clients.service import SiteService
 from fedml_core.config import SiteConfig
 from fedml_core.control_variates import ControlVariates
 from fedml_core.data import ClientData, Examples
@@ -37,16 +38,8 @@ from fedml_core.handshake import (
     greeting_to_frame,
 )
 from fedml_core.loading import load_task
-from fedml_core.messages import (
-    Assignment,
-    EvaluateWork,
-    Evaluation,
-    Failure,
-    TrainWork,
-    Work,
-    assignment_to_frame,
-    reply_from_frame,
-)
+from fedml_core.message_frames import assignment_to_frame, reply_from_frame
+from fedml_core.messages import Assignment, EvaluateWork, Evaluation, Failure, TrainWork, Work
 from fedml_core.model import ModelSpec
 from fedml_core.task import Task
 from fedml_core.training import Training

@@ -180,3 +180,17 @@ def test_a_trainer_uses_it_for_large_layers_and_not_for_small_ones(products: lis
     module, start = task.build(0), task.build(0)
     by_hand(module, data, batches_of(data, 4), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     close(update.values, trainer.spec.flatten(module) - trainer.spec.flatten(start))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "taken"), [(torch.float32, 64, 1), (torch.float32, 2, 0), (torch.float64, 64, 0)]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_torchs_and_takes_onednn_where_it_pays(
+    dtype: torch.dtype, rows: int, taken: int, bias: bool, products: list[int]
+) -> None:
+    one, other = drawn(rows, 300, dtype=dtype), drawn(400, 300, seed=1, dtype=dtype)
+    added = drawn(400, seed=2, dtype=dtype) if bias else None
+    close(dense.product(one, other, added), nn.functional.linear(one, other, added))
+    close(dense.product(one.t().contiguous().t(), other, added), nn.functional.linear(one, other, added))
+    assert len(products) == 2 * taken

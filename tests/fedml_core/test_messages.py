@@ -24,21 +24,8 @@ from torch import Tensor
 from fedml_core.compression import StochasticQuantize, TopK
 from fedml_core.control_variates import ControlVariates
 from fedml_core.errors import ConfigError, ReplyError, StrategyError
-from fedml_core.messages import (
-    Assignment,
-    Body,
-    EvaluateWork,
-    Evaluation,
-    Failure,
-    Refusal,
-    Reply,
-    TrainWork,
-    Work,
-    assignment_from_frame,
-    assignment_to_frame,
-    reply_from_frame,
-    reply_to_frame,
-)
+from fedml_core.message_frames import assignment_from_frame, assignment_to_frame, reply_from_frame, reply_to_frame
+from fedml_core.messages import Assignment, Body, EvaluateWork, Evaluation, Failure, Refusal, Reply, TrainWork, Work
 from fedml_core.privacy.adaptive_clip import AdaptiveClip
 from fedml_core.proximal import Proximal
 from fedml_core.training import Training
@@ -424,16 +411,16 @@ STRATEGIES: list[Strategy] = [
 CLIENT = """
 import json, sys
 import numpy
-import fedml_core.messages as messages
+import fedml_core.message_frames as frames
 
 for header in json.load(sys.stdin):
-    frame = messages.Frame("train", header, {"/parameters": numpy.zeros(3, numpy.float32)})
-    print(messages.assignment_from_frame(frame).work.pipeline)
+    frame = frames.Frame("train", header, {"/parameters": numpy.zeros(3, numpy.float32)})
+    print(frames.assignment_from_frame(frame).work.pipeline)
 print(sorted(name for name in ("strategies", "server", "clients") if name in sys.modules))
 """
 
 
-def test_a_process_that_imports_only_messages_can_read_every_built_in_client_half() -> None:
+def test_a_process_that_imports_only_their_wire_form_can_read_every_built_in_client_half() -> None:
     """whoever imports this knows every client half of privacy that comes with fedveil."""
     # Trust: as each of them says.
     works = [TrainWork(Training(), strategy.client_half()) for strategy in STRATEGIES]

@@ -83,6 +83,25 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot open folders, and flushes none")
+def test_a_file_is_flushed_renamed_and_its_folder_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.replace
+
+    def flushed(handle: int) -> None:
+        done.append("folder" if os.fstat(handle).st_ino == tmp_path.stat().st_ino else "file")
+        fsync(handle)
+
+    def renamed(draft: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(draft, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    write_atomically(tmp_path / "file", b"new")
+    assert done == ["file", "rename", "folder"]
+
+
 WRITER = """
 import sys, torch
 from pathlib import Path

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from fedml_core.errors import ConfigError, PrivacyError
-from fedml_core.messages import Assignment, TrainWork, assignment_to_frame
+from fedml_core.message_frames import assignment_to_frame
+from fedml_core.messages import Assignment, TrainWork
 from fedml_core.model import ModelSpec
 from fedml_core.privacy.accounting import epsilon_of
 from fedml_core.privacy.clipping import ClipByNorm
 from fedml_core.privacy.correlated import BandedNoise, TreeNoise
+from fedml_core.privacy.events import canonical
 from fedml_core.transform import Transform, chain
 from fedml_core.weighting import Uniform, Weigh
 from server import (
@@ -31,6 +33,7 @@ from server import (
 )
 from server.books import charged, claim_of
 from server.checkpoint import FILE_NAME, RunState, load_checkpoint, save_checkpoint
+from server.history import RunFolder
 from server.plan import EvaluationPlan
 from strategies import CentralDP, FedAvg, LocalDP, Strategy
 from tests.doubles import PullChannel, with_values
@@ -113,22 +116,22 @@ def test_a_client_that_does_not_clip_is_excluded_and_named() -> None:
 def test_a_round_is_counted_before_anybody_is_asked_and_stays_counted() -> None:
     class Failing(PullChannel):
         def exchange(self, assignment: Assignment, cohort: Sequence[int], timeout_s: float | None) -> Any:
-            assert reserved == [new for new in reserved if new]
+            assert all(new for new, _ in reserved)
             raise KeyboardInterrupt
 
-    reserved: list[Sequence[Mapping[str, Any]]] = []
+    reserved: list[tuple[Sequence[Mapping[str, Any]], int]] = []
     channel = Failing(CLIENTS, SIZE)
-    coordinator = begin(plan_for(central(), EveryClient()), channel, reserve=reserved.append)
+    coordinator = begin(plan_for(central(), EveryClient()), channel, reserve=lambda *new: reserved.append(new))
     for attempt in (1, 2):
         with pytest.raises(KeyboardInterrupt):
             next(coordinator.rounds(channel, 5))
-        assert len(reserved) == attempt
+        assert len(reserved) == attempt and reserved[-1][1] == 1
         assert coordinator.state.events[0]["count"] == attempt
     assert coordinator.state.round == 0
 
 
 def test_a_ledger_that_says_no_stops_the_round_before_it_begins() -> None:
-    def refuse(events: Sequence[Mapping[str, Any]]) -> None:
+    def refuse(events: Sequence[Mapping[str, Any]], round_number: int) -> None:
         raise PrivacyError("the budget is spent")
 
     channel = PullChannel(CLIENTS, SIZE)
@@ -177,6 +180,41 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     resumed = Coordinator(plan, channel.trainer.spec, load_checkpoint(tmp_path, plan, channel.trainer.spec.fingerprint))
     reports = list(resumed.rounds(channel, 4))
     assert [report.epsilon for report in reports] == [report.epsilon for report in whole[2:]]
+
+
+class Killed(BaseException):
+    """What no handler of ours catches, as no handler catches a kill."""
+
+
+def test_a_round_that_a_crash_cut_off_stays_counted_where_the_server_saw_what_left(tmp_path: Path) -> None:
+    plan = plan_for(LocalDP(FedAvg(weighting=Uniform()), clip_norm=1.0, epsilon=2.0, delta=1e-6), EveryClient())
+    folder, channel = RunFolder(tmp_path, plan), PullChannel(CLIENTS, SIZE)
+    spec = channel.trainer.spec
+    fresh = lambda: Coordinator.begin(plan, spec, torch.zeros(spec.size), "run")  # noqa: E731 - given to `begin`
+
+    def exchange(*_: object) -> Any:
+        raise Killed
+        yield
+
+    started = folder.begin(fresh, spec, resume=False, overwrite=False)
+    dying = PullChannel(CLIENTS, SIZE)
+    dying.exchange = exchange  # type: ignore[assignment, method-assign]
+    with pytest.raises(Killed):
+        next(Coordinator(plan, spec, started, keep=folder.keep).rounds(dying, 2))
+    resumed = Coordinator(plan, spec, folder.begin(fresh, spec, resume=True, overwrite=False), keep=folder.keep)
+    first, second = resumed.rounds(channel, 2)
+    (event,) = {canonical(each["event"]) for each in resumed.state.events}
+    assert [each["count"] for each in resumed.state.events] == [3] and event
+    assert (first.round, second.round) == (1, 2)
+    assert first.epsilon == pytest.approx(one_after(plan, 2)) and second.epsilon == pytest.approx(one_after(plan, 3))
+
+
+def one_after(plan: Plan, rounds: int) -> float:
+    event = plan.strategy.pipeline().event()
+    terms = plan.strategy.privacy()
+    assert event is not None and terms is not None
+    folded = [{"name": "repeated", "count": rounds, "event": event}]
+    return claim_of(folded, terms, plan.sampling).epsilon
 
 
 def test_a_state_without_a_secret_claims_no_amplification() -> None:

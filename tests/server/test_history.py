@@ -94,6 +94,15 @@ def test_a_foreign_line_is_named(tmp_path: Path) -> None:
         read_history(tmp_path)
 
 
+@pytest.mark.parametrize("numbers", [[1 << 70], ["site"], 7, {"0": 1}])
+def test_a_line_with_impossible_client_numbers_is_named(tmp_path: Path, numbers: object) -> None:
+    run(tmp_path, 1)
+    line = json.loads((tmp_path / HISTORY).read_text())
+    (tmp_path / HISTORY).write_text(json.dumps({**line, "participants": numbers}) + "\n")
+    with pytest.raises(ConfigError, match=r"history.jsonl, line 1: not a round report"):
+        read_history(tmp_path)
+
+
 def test_a_summary_adds_up_the_rounds(tmp_path: Path) -> None:
     run(tmp_path, 3)
     reports = read_history(tmp_path)

@@ -70,7 +70,7 @@ def test_each_round_is_written_down_with_its_sampling_and_costs_what_the_report_
 
 def test_a_round_is_in_the_ledger_before_anybody_is_asked_and_again_if_it_is_begun_again(tmp_path: Path) -> None:
     # "a round is in the ledger before its cohort is drawn, and stays there if the round is void, or the server dies and
-    # begins it again."
+    # begins it again; a resumed run's epsilon counts it, too."
     plan, config = plan_of(), config_of(tmp_path)
     state = begun(plan)
     ledger, seen = Ledger(tmp_path / "ledger.sqlite"), list[int]()
@@ -86,6 +86,45 @@ def test_a_round_is_in_the_ledger_before_anybody_is_asked_and_again_if_it_is_beg
             list(coordinator(plan, state, books).rounds(Dying(COUNT, SIZE), 5))
     assert seen == [1, 2]
     assert [entry.round for entry in ledger.entries()] == [1, 1]
+
+
+def test_a_resumed_run_says_no_less_than_its_ledger(tmp_path: Path) -> None:
+    plan, config = plan_of(), config_of(tmp_path)
+    state = begun(plan)
+
+    class Dying(PullChannel):
+        def exchange(self, assignment: Any, *values: Any, **named: Any) -> Any:
+            if assignment.round == 3:
+                raise KeyboardInterrupt
+            return super().exchange(assignment, *values, **named)
+
+    run = coordinator(plan, state, round_books(config, tmp_path, plan, state))
+    rounds = run.rounds(Dying(COUNT, SIZE), 5)
+    next(rounds), next(rounds)
+    saved = run.state  # as the checkpoint after round 2 has it
+    for _ in range(3):  # each process that takes it up is killed in round 3
+        books = round_books(config, tmp_path, plan, saved)
+        assert books is not None
+        again = coordinator(plan, books.resumed(saved), books)
+        with pytest.raises(KeyboardInterrupt):
+            next(again.rounds(Dying(COUNT, SIZE), 5))
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    assert [entry.round for entry in ledger.entries()] == [1, 2, 3, 3, 3]
+    books = round_books(config, tmp_path, plan, saved)
+    assert books is not None
+    report = next(coordinator(plan, books.resumed(saved), books).rounds(PullChannel(COUNT, SIZE), 5))
+    spent = ledger.spent(CLIENTS, 1e-5, run="run-1").epsilon
+    assert report.epsilon is not None and report.epsilon >= spent * (1 - 1e-9)
+    assert report.epsilon == pytest.approx(spent, rel=2e-3) and len(ledger.entries()) == 6
+
+
+def test_a_checkpoint_that_knows_more_than_a_ledger_keeps_what_it_knows(tmp_path: Path) -> None:
+    plan, state = plan_of(), begun(plan_of())
+    run = coordinator(plan, state, None)
+    next(run.rounds(PullChannel(COUNT, SIZE), 2))
+    books = round_books(config_of(tmp_path), tmp_path, plan, run.state)
+    assert books is not None and books.resumed(run.state) is run.state
+    assert run.state.events[0]["count"] == 1
 
 
 def test_a_budget_ends_the_run_before_the_round_that_would_exceed_it(tmp_path: Path) -> None:

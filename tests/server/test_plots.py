@@ -309,7 +309,7 @@ def test_epsilon_is_drawn_from_zero_with_its_last_value_in_the_title() -> None:
     (axes,) = existing(plots.epsilon_figure([{"round": 1, "epsilon": 0.5}, {"round": 2, "epsilon": 0.75}])).axes
     assert ordinates(axes.get_lines()[0].get_ydata()) == [0.5, 0.75]
     assert axes.get_ylim()[0] == 0
-    assert axes.get_title(loc="left") == "Privacy spent: epsilon 0.75 after round 2"
+    assert axes.get_title(loc="left") == "Privacy spent: epsilon 0.7500 after round 2"
 
 
 def test_few_clients_labels_are_stacked_bars() -> None:
@@ -456,3 +456,16 @@ def test_a_folder_that_cannot_be_written_to_is_one_clear_error(tmp_path: Path) -
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"^cannot write .*traffic\.png \(File exists\); name a folder that can be "):
         draw_all([{"round": 1, "bytes_up": 1}], tmp_path / "file")
+
+
+def test_epsilon_of_clients_and_of_examples_are_two_curves_and_of_examples_alone_is_one() -> None:
+    client, example = (
+        {"unit": "client", "epsilon": 0.5, "delta": 1e-5},
+        {"unit": "example", "epsilon": 2.0, "delta": 1e-5},
+    )
+    both = [{"round": 1, "epsilon": 0.5, "privacy": client, "example_privacy": example}]
+    (axes,) = existing(plots.epsilon_figure(both)).axes
+    assert [float(np.asarray(line.get_ydata())[0]) for line in axes.lines] == [0.5, 2.0]
+    assert axes.get_legend_handles_labels()[1] == ["client", "example"]
+    (axes,) = existing(plots.epsilon_figure([{**both[0], "epsilon": 2.0, "privacy": example}])).axes
+    assert len(axes.lines) == 1

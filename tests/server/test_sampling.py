@@ -50,6 +50,36 @@ def test_poisson_sampling_has_a_binomial_size_and_independent_clients() -> None:
     assert abs(pairs / 4000 - 0.09) < 0.023
 
 
+@pytest.mark.parametrize(("count", "size"), [(20, 5), (20, 14), (20, 10), (3000, 1500)])
+def test_a_hidden_cohort_is_a_uniform_sample_that_its_secret_decides(count: int, size: int) -> None:
+    sampling, secret = FixedSampling(size), bytes(range(32))
+    rounds = 4000 if count == 20 else 60
+    counts, pairs = np.zeros(count), 0
+    for round_number in range(rounds):
+        cohort = sampling.hidden_cohort(range(100, 100 + count), round_number, secret)
+        assert len(set(cohort)) == size and cohort == sorted(cohort)
+        counts[np.array(cohort) - 100] += 1
+        pairs += {100, 101} <= set(cohort)
+    share = size / count
+    together = share * (size - 1) / (count - 1)
+    assert np.abs(counts / rounds - share).max() < 6 * np.sqrt(share * (1 - share) / rounds)
+    assert abs(pairs / rounds - together) < 6 * np.sqrt(together / rounds)
+    assert sampling.hidden_cohort(range(count), 7, secret) == sampling.hidden_cohort(range(count), 7, secret)
+    assert sampling.hidden_cohort(range(count), 7, secret) != sampling.hidden_cohort(range(count), 7, bytes(32))
+
+
+def test_a_hidden_cohort_of_everybody_or_nobody_is_drawn_without_end() -> None:
+    secret = bytes(32)
+    assert FixedSampling(5).hidden_cohort([4, 9], 1, secret) == [4, 9]
+    assert FixedSampling(5).hidden_cohort([], 1, secret) == []
+    assert len(FixedSampling(100_000).hidden_cohort(range(10_000_000), 1, secret)) == 100_000
+
+
+def test_a_rate_at_which_nobody_would_ever_be_asked_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rate must be at least 1e-12, got 1e-300; nobody would ever be asked"):
+        PoissonSampling(1e-300)
+
+
 def test_fixed_sampling_takes_all_when_fewer_can_be_asked() -> None:
     assert FixedSampling(5).cohort([4, 9], 1, 0) == [4, 9]
     assert FixedSampling(5).cohort([], 1, 0) == []
@@ -89,7 +119,7 @@ def test_poisson_coins_are_independent_of_their_neighbours_and_of_other_rounds(r
 
 def test_poisson_sampling_at_rate_one_asks_everybody_and_at_next_to_nothing_nobody() -> None:
     assert PoissonSampling(1.0).cohort(range(5), 1, 0) == [0, 1, 2, 3, 4]
-    assert PoissonSampling(1e-300).cohort(range(10**9), 1, 0) == []
+    assert PoissonSampling(1e-12).cohort(range(10**6), 1, 0) == []
     assert PoissonSampling(0.5).cohort([], 1, 0) == []
     nearly = PoissonSampling(1 - 2**-53).cohort(range(1000), 1, 0)
     assert nearly == list(range(1000))

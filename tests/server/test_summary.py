@@ -84,7 +84,7 @@ def test_the_federated_run_is_held_against_the_central_one() -> None:
 
 
 def test_an_epsilon_is_told() -> None:
-    assert rows_of([dataclasses.replace(OK, epsilon=1.2345)])["privacy"] == "epsilon 1.23 so far"
+    assert rows_of([dataclasses.replace(OK, epsilon=1.23451)])["privacy"] == "epsilon 1.2346 so far"
 
 
 def test_exclusions_are_counted_by_rule_the_most_frequent_first() -> None:

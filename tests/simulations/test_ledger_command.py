@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from fedml_core.privacy.accounting import epsilon_of
 from fedml_core.privacy.ledger import Account, Ledger, Purpose
 from simulations.app import app
 from tests.sources import ROOT
@@ -154,6 +155,21 @@ def test_a_dry_run_holds_a_secure_sum_against_the_sites_own_floor(site: Path) ->
     assert run("dry-run", str(site), str(site))["protection"] == "secure-aggregation"
 
 
+def test_a_dry_run_holds_the_assistants_against_those_whom_the_site_trusts(site: Path) -> None:
+    protocol = 'protocol = { name = "AssistedOneShot", assistants = [0, 1, 2] }'
+    named = 'name = "SecureAggregation"\nmax_weight = 100.0\nstrategy = "FedAvg"'
+    (site / "run.toml").write_text(f'task = "task.py"\n[strategy]\n{named}\n{protocol}\n')
+    text = 'id = 0\ntask = "task.py"\n[secure_aggregation]\nallow_semi_honest = true\nassistants = '
+    (site / "site.toml").write_text(f"{text}[0, 1]\n")
+    (row,) = run("dry-run", str(site), str(site))["rounds"]
+    assert (row["rule"], row["reason"]) == (
+        "assistants",
+        "the server names the assistants 0, 1, 2, this site's assistants are 0, 1; it must do without 2",
+    )
+    (site / "site.toml").write_text(f"{text}[0, 1, 2]\n")
+    assert run("dry-run", str(site), str(site))["protection"] == "secure-aggregation"
+
+
 def test_a_dry_run_tells_what_a_limit_for_each_round_would_say(site: Path) -> None:
     (site / "run.toml").write_text(f'task = "task.py"\nrounds = 5\n{PRIVATE}')
     text = (site / "site.toml").read_text()
@@ -161,3 +177,34 @@ def test_a_dry_run_tells_what_a_limit_for_each_round_would_say(site: Path) -> No
     assert run("dry-run", str(site), str(site))["rounds"][0]["rule"] == "epsilon_per_round"
     (site / "site.toml").write_text(text.replace("epsilon = 8.0", "epsilon_per_round = 2.0"))
     assert run("dry-run", str(site), str(site))["answer"] == "answered"
+
+
+def test_a_dry_run_tells_what_a_sites_own_protection_of_examples_would_cost_and_refuse(site: Path) -> None:
+    protecting = (
+        'id = 0\ntask = "task.py"\n[policy]\naccept = ["example"]\n[budget]\nepsilon = 8.0\ndelta = 1e-6\n'
+        "[examples]\nnoise_multiplier = 1.0\nclip_norm = 1.0\nsampling_rate = 0.2\n"
+    )
+    (site / "site.toml").write_text(protecting)
+    (site / "run.toml").write_text('task = "task.py"\nrounds = 40\n')
+    found = run("dry-run", str(site), str(site))
+    assert (found["answer"], found["protection"]) == ("refused", "example")
+    assert (found["rounds"][-1]["rule"], found["rounds"][0]["rule"]) == ("epsilon", None)
+    first, last = found["example_privacy"]
+    assert (first["round"], last["round"]) == (1, found["rounds"][-1]["round"] - 1)
+    event = {"name": "poisson", "sampling_probability": 0.2, "event": {"name": "gaussian", "noise_multiplier": 1.0}}
+    for cost in (first, last):
+        spent = [{"name": "repeated", "count": 5 * cost["round"], "event": event}]
+        exact = epsilon_of(spent, delta=1e-6, unit="example", adjacency="add-or-remove-one")
+        assert cost == {"round": cost["round"], **exact.to_json()}
+    assert first["epsilon"] < last["epsilon"] <= 8.0
+    (site / "site.toml").write_text(f"{protecting}[policy.example]\nminimum_noise_multiplier = 2.0\n")
+    refused = run("dry-run", str(site), str(site))
+    assert refused["rounds"][0]["rule"] == "example.minimum_noise_multiplier" and refused["example_privacy"] == []
+
+
+def test_a_dry_run_says_that_a_run_protects_the_examples_of_simulated_clients_only(site: Path) -> None:
+    examples = "[clients.examples]\nnoise_multiplier = 1.0\nclip_norm = 1.0\nsampling_rate = 0.2\n"
+    (site / "run.toml").write_text(f'task = "task.py"\n{PRIVATE}{examples}')
+    done = CliRunner().invoke(app, ["dry-run", str(site), str(site)])
+    assert "the run's [clients.examples] is for simulated clients" in done.output
+    assert run("dry-run", str(site), str(site))["example_privacy"] is None

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from clients import InProcessMemory, TorchTrainer
-from clients.memory import STORE_NAME, MemoryStore, SpillingMemory
+from clients.memory import STORE_NAME, MemoryStore
+from clients.spilling_memory import SpillingMemory
 from fedml_core import ClientData, Examples, Task, Training
 from fedml_core.config import load_run
 from fedml_core.errors import ConfigError

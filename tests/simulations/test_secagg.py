@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from fedml_core import ConfigError, Examples, PrivacyError, StrategyError, Task, Training
+from fedml_core import ConfigError, PrivacyError, StrategyError, Training
 from fedml_core.weighting import Uniform
 from server import FixedSampling, History, RoundReport
 from simulations import Faults, Fused, Processes, Sequential, Vectorised, simulate
 from simulations.engines.engine import Engine
-from simulations.secagg import VirtualRoster
+from simulations.virtual_sites import VirtualRoster
 from strategies import (
     AssistedOneShot,
     DistributedDP,
@@ -24,6 +23,7 @@ from strategies import (
     SecureAggregation,
     Strategy,
 )
+from tests.simulations.two_classes import TASK, dense
 
 ENGINES = [
     Sequential(),
@@ -32,18 +32,6 @@ ENGINES = [
     Processes(workers=2, inner=Sequential()),
     Processes(workers=2, inner=Fused()),
 ]
-
-
-def points(count: int, seed: int) -> Examples:
-    drawn = torch.randn(count, 5, generator=torch.Generator().manual_seed(seed))
-    return Examples.of(drawn, (drawn[:, 0] > 0).long())
-
-
-def dense() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
-
-
-TASK = Task.classification(model=dense, classes=2, train_data=lambda: points(240, 1), test_data=lambda: points(40, 2))
 
 
 def secure(inner: Strategy | None = None, *, draw_masks: bool = True, **protocol: Any) -> SecureAggregation:
@@ -140,9 +128,11 @@ def test_virtual_identities_are_fresh_for_every_run_and_stable_within_one() -> N
     first, second = VirtualRoster(5), VirtualRoster(5)
     assert first[3] == first[3] and first[3] != first[4] and first[3] != second[3]
     signature = first.sign_as(3)(b"message")
-    assert first.verify(first[3], signature, b"message") and not first.verify(first[4], signature, b"message")
+    assert first.shared.verify(first[3], signature, b"message") and not first.shared.verify(
+        first[4], signature, b"message"
+    )
     first.forget()
-    assert first.verify(first[3], signature, b"message")
+    assert first.shared.verify(first[3], signature, b"message")
 
 
 def assisted(inner: Strategy | None = None, **protocol: Any) -> SecureAggregation:

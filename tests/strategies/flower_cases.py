@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from simulations.flower_grid import FIRST_NODE_ID, LocalGrid
+from simulations.flower_grid import LocalGrid
+from simulations.flower_nodes import FIRST_NODE_ID
 from strategies import FlowerStrategy
 
 # isort: split

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fedml_core.errors import ConfigError, ReplyError, StrategyError
-from fedml_core.messages import Assignment, TrainWork, assignment_from_frame, assignment_to_frame
+from fedml_core.message_frames import assignment_from_frame, assignment_to_frame
+from fedml_core.messages import Assignment, TrainWork
 from fedml_core.model import ModelSpec
 from fedml_core.training import Training
 from fedml_core.transform import Draws, Guide, Transform

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from fedml_core import ConfigError, Examples, PrivacyError, Task, Training
+from fedml_core import ConfigError, PrivacyError, Training
 from fedml_core.compression import TopK
 from fedml_core.model import ModelSpec
 from fedml_core.privacy.integer_noise import SkellamIntegers
@@ -29,6 +28,7 @@ from strategies import (
     SecureAggregation,
     Strategy,
 )
+from tests.simulations.two_classes import TASK, dense
 
 SIZE, CLIENTS, HONEST = 66, 12, 7
 MEAN = FedAvg(weighting=Uniform())
@@ -42,18 +42,6 @@ def private(inner: Strategy = MEAN, **changes: Any) -> DistributedDP:
 def secure(inner: Strategy | None = None, *, draw_masks: bool = True, **protocol: Any) -> SecureAggregation:
     chosen = SecAggPlus(**{"corrupt_share": 0.1, "dropout_share": 0.3, "minimum": 8, **protocol})
     return SecureAggregation(inner or private(), chosen, draw_masks=draw_masks)
-
-
-def points(count: int, seed: int) -> Examples:
-    drawn = torch.randn(count, 5, generator=torch.Generator().manual_seed(seed))
-    return Examples.of(drawn, (drawn[:, 0] > 0).long())
-
-
-def dense() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
-
-
-TASK = Task.classification(model=dense, classes=2, train_data=lambda: points(240, 1), test_data=lambda: points(40, 2))
 
 
 def run(strategy: Strategy, engine: Engine | None = None, **changes: Any) -> History:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedml_core.errors import ReplyError
-from simulations.flower_grid import FIRST_NODE_ID, LocalGrid
+from simulations.flower_grid import LocalGrid
+from simulations.flower_nodes import FIRST_NODE_ID
 from strategies import (
     FedAdam,
     FedAvg,

@@ -13,7 +13,8 @@ from fedml_core.errors import ConfigError, RunError, StrategyError
 from fedml_core.transform import Guide, State, Transform, chain
 from fedml_core.weighting import ByMetric, Uniform
 from fedml_core.wire import from_frame, to_frame
-from simulations.flower_grid import LocalGrid, run_flower_apps
+from simulations.flower_apps import run_flower_apps
+from simulations.flower_grid import LocalGrid
 from strategies import (
     Compressed,
     FedAdam,

@@ -178,7 +178,7 @@ def test_processes_that_live_for_one_message_only_drop_out_and_say_what_is_neede
             lambda: SecureFlowerStrategy(SecureAggregation(FedAvg(), SumProtocol(), max_weight=9)),
             "the protocol must be SecAggPlus, got SumProtocol",
         ),
-        (lambda: FlowerStrategy(secure()), "server.flower.SecureFlowerStrategy"),
+        (lambda: FlowerStrategy(secure()), "server.SecureFlowerStrategy for secure sums"),
     ],
 )
 def test_what_cannot_run_inside_a_flower_app_is_refused_when_it_is_made(made: Callable[[], object], said: str) -> None:

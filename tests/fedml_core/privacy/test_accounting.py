@@ -119,7 +119,7 @@ def test_grids_do_not_undercut_the_closed_form(noise: float, count: int, delta: 
     assert exact <= found <= exact * 1.001
 
 
-# A delta too small or an epsilon too large for a grid gives infinity, never a guess.
+# A delta too small, an epsilon too large or too many releases for a grid give infinity, never a guess.
 def test_what_no_grid_can_hold_falls_back_to_an_upper_bound() -> None:
     rounds = repeated(1000, poisson(0.1, gaussian(1.0)))
     assert loss_epsilon([Piece("gaussian", 1.0, 0.1, 1000)], 1e-13, ADD) == math.inf

@@ -15,6 +15,7 @@ from fedml_core.errors import ConfigError, PrivacyError
 from fedml_core.privacy.analytic import analytic_gaussian_epsilon
 from fedml_core.privacy.auditing import (
     canary_estimate,
+    compared_estimate,
     epsilon_many_runs,
     epsilon_one_run,
     gaussian_tpr,
@@ -188,3 +189,33 @@ def test_scores_that_are_none_are_refused() -> None:
         epsilon_one_run(10, 11, coins=20)
     with pytest.raises(ConfigError, match="delta"):
         canary_estimate([0.1, 0.2], 10, 1.0)
+
+
+@pytest.mark.parametrize("ratio", [4.0, 1.5, 0.6])
+def test_scores_of_any_scale_tell_a_gaussian_releases_epsilon(ratio: float) -> None:
+    # "canaries that differ from absent ones by a Gaussian release give its epsilon."
+    draws = seeded("compared", round(10 * ratio))
+    outside = 50.0 + 7.0 * draws.standard_normal(4000)
+    inside = 50.0 + 7.0 * (draws.standard_normal(4000) + 1 / ratio)
+    found = compared_estimate(inside, outside, 1e-5)
+    true = analytic_gaussian_epsilon(ratio, 1e-5)
+    assert abs(found.epsilon - true) < 3 * found.sd
+    assert found.sd < 0.2
+
+
+def test_the_deviation_of_a_compared_estimate_is_that_of_repeated_ones() -> None:
+    found = []
+    for seed in range(200):
+        draws = seeded("repeated", seed)
+        found.append(compared_estimate(draws.standard_normal(300) + 0.8, draws.standard_normal(300), 1e-5))
+    spread = float(np.std([one.epsilon for one in found]))
+    assert float(np.mean([one.sd for one in found])) == pytest.approx(spread, rel=0.15)
+
+
+def test_scores_that_do_not_differ_estimate_nothing_and_those_all_alike_are_refused() -> None:
+    draws = seeded("alike")
+    assert compared_estimate(draws.standard_normal(300) - 1.0, draws.standard_normal(300), 1e-5).epsilon == 0.0
+    with pytest.raises(PrivacyError, match="excluded scores must differ"):
+        compared_estimate([1.0, 2.0], [0.0, 0.0], 1e-5)
+    with pytest.raises(PrivacyError, match="at least 2 scores"):
+        compared_estimate([1.0], [0.0, 1.0], 1e-5)

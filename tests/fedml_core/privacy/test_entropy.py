@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedml_core.errors import ConfigError, PrivacyError, SecureAggregationError
 from fedml_core.privacy.entropy import NoiseStream
-from fedml_core.privacy.terms import Terms
+from fedml_core.privacy.terms import Terms, epsilon_text
 
 KEY = bytes(range(32))
 
@@ -56,6 +59,15 @@ def test_a_stream_is_neither_copied_nor_stored_nor_printed(action: Callable[[obj
 def test_a_key_of_another_length_is_refused() -> None:
     with pytest.raises(SecureAggregationError, match="must have 32 bytes, got 8"):
         NoiseStream(b"too short"[:8])
+
+
+@given(st.floats(min_value=0, max_value=1e9))
+def test_an_epsilon_is_printed_rounded_up(epsilon: float) -> None:
+    # "the number that is printed is at least `epsilon`."
+    # "none is needed; it computes on what it is given."
+    rounding = 1e-15 * epsilon  # of a double
+    assert -rounding <= float(epsilon_text(epsilon)) - epsilon <= 1.01e-4 + rounding
+    assert epsilon_text(math.inf) == "infinity"
 
 
 @pytest.mark.parametrize(

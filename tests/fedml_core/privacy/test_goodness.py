@@ -7,7 +7,15 @@ import pytest
 from numpy.typing import NDArray
 
 from fedml_core.errors import PrivacyError
-from fedml_core.privacy.goodness import binomial_sizes, noise_against, overlap_p
+from fedml_core.privacy.goodness import (
+    adds_up_p,
+    binomial_sizes,
+    even_p,
+    noise_against,
+    overlap_p,
+    spread_p,
+    unrelated_p,
+)
 from fedml_core.randomness import seeded
 
 REJECT = 1e-6
@@ -95,3 +103,58 @@ def test_a_shuffled_order_is_seen_in_who_comes_back() -> None:
     assert overlap_p([0] * 399, 200, 0.1) < REJECT
     assert overlap_p([10, 10], 10, 1.0) == 1.0
     assert overlap_p([10, 9], 10, 1.0) == 0.0
+
+
+def test_rows_that_share_something_or_differ_in_strength_are_rejected() -> None:
+    # "rows of which one is in part another, and rows of unequal strength, are rejected, in a few thousand
+    # numbers; their common strength is not judged."
+    honest = normal("rows", shape=(12, 1500))
+    assert unrelated_p(honest) > 1e-3
+    assert unrelated_p(7.0 * honest) == pytest.approx(unrelated_p(honest))
+    shared = honest.copy()
+    shared[9] = 0.5 * honest[2] + 0.75**0.5 * honest[9]
+    assert unrelated_p(shared) < REJECT
+    assert unrelated_p(honest * np.where(np.arange(12) == 5, 0.7, 1.0)[:, None]) < REJECT
+    assert unrelated_p(np.cumsum(honest, axis=0)) < REJECT
+    with pytest.raises(PrivacyError, match="at least 2 rows"):
+        unrelated_p(honest[:1])
+    with pytest.raises(PrivacyError, match="not all zero"):
+        unrelated_p(np.zeros((3, 50)))
+
+
+def test_unrelated_rows_are_accepted_two_hundred_times() -> None:
+    p_values = [unrelated_p(normal("rows", seed, shape=(6, 500))) for seed in range(200)]
+    assert min(p_values) > 1e-4
+    assert sum(p < 0.05 for p in p_values) <= 20
+
+
+def test_sums_of_one_draw_used_over_and_over_are_rejected() -> None:
+    # "sums of one draw that is used over and over are rejected, in a few hundred numbers."
+    single, fresh = normal("a", shape=(1, 300)), normal("b", shape=(4, 300)).sum(axis=0)
+    assert adds_up_p(single, fresh, 4) > 1e-3
+    assert adds_up_p(single, 4 * normal("c", shape=(1, 300)), 4) < REJECT
+    p_values = [adds_up_p(normal("a", seed), normal("b", seed) * 2, 4) for seed in range(200)]
+    assert min(p_values) > 1e-4
+    with pytest.raises(PrivacyError, match="not all zero"):
+        adds_up_p(single, np.zeros(5), 4)
+
+
+def test_members_that_come_more_often_or_in_turn_are_rejected() -> None:
+    # "some that come more often are rejected, and so is dealing out in turn, by which all come alike."
+    came = seeded("even").binomial(200, 0.1, size=100)
+    assert even_p(came, 200, 0.1) > 1e-3
+    assert even_p(np.full(100, 20), 200, 0.1) < REJECT
+    assert even_p(came + 30 * (np.arange(100) < 10), 200, 0.1) < REJECT
+    with pytest.raises(PrivacyError, match="at least 2 members"):
+        even_p([3], 200, 0.1)
+
+
+def test_numbers_of_another_mean_or_spread_are_rejected() -> None:
+    # "numbers of half or twice the variance, or a mean that is off by a deviation, are rejected, in a hundred."
+    drawn = 5.0 + 3.0 * normal("spread", shape=(1, 200))
+    assert spread_p(drawn, 5.0, 9.0) > 1e-3
+    assert spread_p(drawn, 5.0, 4.5) < REJECT
+    assert spread_p(drawn, 5.0, 18.0) < REJECT
+    assert spread_p(drawn, 8.0, 9.0) < REJECT
+    with pytest.raises(PrivacyError, match="at least 2 finite numbers"):
+        spread_p([1.0], 0.0, 1.0)

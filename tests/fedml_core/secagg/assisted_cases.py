@@ -16,6 +16,7 @@ from fedml_core.secagg.assisted_client import AssistedClient
 from fedml_core.secagg.assisted_server import AssistedServer
 from fedml_core.secagg.masks import ring_type
 from fedml_core.secagg.parameters import Parameters
+from fedml_core.secagg.party import Party
 
 BINDING = b"m" * 32
 FIRST_ASSISTANT = 100
@@ -59,10 +60,13 @@ class Assisted:
         self.vectors = {one: np.frombuffer(rng.bytes(size), dtype) for one in range(members)}
 
     def assistant(self, number: int, **options: Any) -> AssistantSession:
-        return AssistantSession(self.parameters, number, self.roster, self.identities[number].sign, **options)
+        return AssistantSession(self.parameters, self.party(number), **options)
 
     def client(self, member: int) -> AssistedClient:
-        return AssistedClient(self.parameters, member, self.roster, self.identities[member].sign)
+        return AssistedClient(self.parameters, self.party(member))
+
+    def party(self, number: int) -> Party:
+        return Party(number, self.roster, self.identities[number].sign)
 
     def advertise(self, absent: Collection[int] = ()) -> None:
         for one, session in self.assistants.items():

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fedml_core.errors import SecureAggregationError, ThresholdError
 from fedml_core.secagg.client import ClientSession, ComplaintError, Phase
 from fedml_core.secagg.codec import Kind, Reader, Writer
+from fedml_core.secagg.party import Party
 from fedml_core.secagg.secrets import Secret
 from fedml_core.secagg.survivors import read_survivors, write_survivors
 from tests.adversary.players import BINDING, NOBODY, World, boxes_of, identity
@@ -241,8 +242,18 @@ def test_the_long_lived_secrets_go_as_soon_as_they_are_used() -> None:
             pair.secret()
 
 
+def test_what_a_session_signs_is_valid_under_its_partys_key_alone() -> None:
+    # "whoever makes a session signs with its party's identity key."
+    world = World(3)
+    stranger = ClientSession(world.parameters, Party(0, world.roster, identity(1).sign))
+    with pytest.raises(SecureAggregationError, match="member 0 is not signed by its identity key"):
+        world.server.receive_advert(0, stranger.advertise())
+    world.server.receive_advert(0, world.clients[0].advertise())
+
+
 @pytest.mark.parametrize("phase", list(Phase)[1:])
 def test_a_session_neither_prints_nor_copies_what_it_holds(phase: Phase) -> None:
+    # "a session is neither copied nor stored, and shows who it is and how far it came, and no more."
     _, client = at_phase(phase)
     shown = repr(client)
     assert shown == f"ClientSession(member=0, phase={phase.name})"

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedml_core.secagg.client import ClientSession
 from fedml_core.secagg.parameters import Parameters
+from fedml_core.secagg.party import Party
 from fedml_core.secagg.server import ServerSession
 from fedml_core.secagg.transcript import record
 from tests.fedml_core.secagg.assisted_cases import BINDING, Assisted
@@ -49,7 +50,7 @@ class _Play:
 
     def __init__(self, parameters: Parameters, members: int, keys: Mapping[int, Ed25519PrivateKey]) -> None:
         roster = {one: keys[one].public_key().public_bytes_raw() for one in range(members)}
-        self.clients = {one: ClientSession(parameters, one, roster, keys[one].sign) for one in range(members)}
+        self.clients = {one: ClientSession(parameters, Party(one, roster, keys[one].sign)) for one in range(members)}
         self.server = ServerSession(parameters, range(members), roster)
         self.named = b""
         self.total: Any = None

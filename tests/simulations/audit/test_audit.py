@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,12 @@ from fedml_core.errors import ConfigError
 from server.sampling import PoissonSampling
 from simulations.audit.audit import Audit, Audited
 from simulations.audit.findings import Finding, Verdict
+from simulations.audit.page import rows_of, write_audit
+from simulations.audit.staging import shortened
+from strategies import DistributedDP
+from strategies.secure import SecAggPlus, SecureAggregation
 from tests.simulations.audit.audit_cases import EPSILON, SABOTAGE, audit, federation, plain, private, same_noise
+from tests.simulations.audit.example_cases import private_of
 
 __all__ = ["same_noise"]
 
@@ -67,6 +73,65 @@ def test_canaries_are_sampled_as_clients_are(tmp_path: Path) -> None:
     assert finding(audited, "sampling").verdict is Verdict.PASS
     assert 2 < sum(audited.facts["cohort_sizes"]) / 12 < 40
     assert audited.facts["most_participations"] < 12
+
+
+def test_clients_that_protect_their_examples_are_audited_by_example(tmp_path: Path) -> None:
+    simulation = dataclasses.replace(federation(plain()), private=private_of())
+    said: list[str] = []
+    audited = Audit(simulation=simulation, canaries=200, shadows=2, search_steps=5, seed=11).run(
+        tmp_path, tell=said.append
+    )
+    assert audited.verdict is Verdict.PASS, [one.said for one in audited.findings]
+    assert audited.claim is None
+    assert audited.example_claim is not None
+    assert audited.example_claim["unit"] == "example"
+    assert finding(audited, "example books").numbers["rounds"] == 2
+    assert finding(audited, "example books").numbers["printed"] == pytest.approx(audited.example_claim["epsilon"])
+    assert finding(audited, "example canaries").verdict is Verdict.PASS
+    assert finding(audited, "canaries").verdict is Verdict.INFO
+    inverted = finding(audited, "gradient inversion")
+    assert {case["hidden"] for case in inverted.numbers["cases"]} == {"yes"}
+    assert any("gradient canaries" in text for text in said)
+    assert audited.examples is not None
+    page = write_audit(audited, tmp_path).read_text()
+    assert "Claim on examples: epsilon" in page
+    assert "data:image/png;base64," in page
+
+
+def test_many_members_draw_their_masks_in_one_sum_of_the_fewest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = SecAggPlus(minimum=3, corrupt_share=0.0, dropout_share=0.0)
+    simulation = federation(SecureAggregation(plain(), protocol=protocol))
+    every = Audit(simulation=simulation, canaries=8, shadows=0, search_steps=1, seed=2)
+    own = finding(every.run(tmp_path / "every"), "secure sums")
+    assert (own.verdict, own.numbers["attempts"]) == (Verdict.PASS, 2)
+    assert "one sum" not in own.said
+    monkeypatch.setattr("simulations.audit.staging._MOST_MASKED", 10)
+    audited = every.run(tmp_path / "one")
+    alone = finding(audited, "secure sums")
+    assert (alone.verdict, alone.numbers["attempts"]) == (Verdict.PASS, 1)
+    assert "one sum of 3 members" in alone.said
+    assert audited.facts["rounds"] == 2
+    assert "active server" in audited.protection
+
+
+def test_only_the_first_rounds_of_a_long_run_of_secure_sums_are_attacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simulations.audit.staging._MOST_SUMMED", 12)
+    protocol = SecAggPlus(minimum=3, corrupt_share=0.0, dropout_share=0.0)
+    size = federation(plain()).trainer.spec.size
+    distributed = DistributedDP(
+        plain(), clip_norm=0.5, noise_multiplier=4.0, delta=1e-5, size=size, cohort_size=12, honest=3, bits=20
+    )
+    simulation = federation(SecureAggregation(distributed, protocol=protocol), rounds=9)
+    audited = Audit(simulation=simulation, canaries=8, shadows=0, search_steps=1, seed=2).run(tmp_path)
+    assert (audited.facts["rounds"], audited.facts["rounds_of_the_run"]) == (2, 9)
+    assert finding(audited, "canaries").said.startswith("in the first 2 of 9 rounds: ")
+    assert finding(audited, "books").numbers["rounds"] == 2
+    assert "after the 2 of 9 rounds that were attacked" in dict(rows_of(audited))["claim"]
+    assert shortened(federation(plain(), rounds=9)).rounds == 9
 
 
 def test_membership_is_inferred_against_the_run_without_canaries(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from fedml_core.errors import ConfigError
 from fedml_core.update import Update
-from simulations.audit.audit import Audit
 from simulations.audit.canaries import Canaries, FirstClients, Scores, Watched
+from simulations.audit.staging import watched_by
 from simulations.partition import Iid
 from simulations.population import partition
 from tests.simulations.audit.audit_cases import federation, plain, private, task
@@ -81,7 +81,7 @@ def test_a_population_with_canaries_loads_real_clients_only() -> None:
 
 
 def test_canaries_are_longer_than_the_bound_where_there_is_one() -> None:
-    assert Audit(simulation=federation(private()), seed=1)._watched.canaries.length >= 5.0
-    unbounded = Audit(simulation=federation(plain()), seed=1)._watched.canaries
+    assert watched_by(federation(private()), None, 1).canaries.length >= 5.0
+    unbounded = watched_by(federation(plain()), None, 1).canaries
     assert unbounded.length == pytest.approx(float(unbounded.template.values.norm()), rel=1e-6)
     assert unbounded.count == 64

@@ -5,17 +5,21 @@ Noise is fresh: what is right is rejected with a probability of 10^-6, what is w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 
 from fedml_core.model import ModelSpec
 from fedml_core.privacy.adaptive_clip import AdaptiveClip
-from fedml_core.privacy.correlated import TreeNoise
+from fedml_core.transform import Chain, Transform
 from fedml_core.update import Update
 from fedml_core.weighting import Uniform
 from simulations.audit.findings import Finding, Verdict, overall
 from simulations.audit.mechanism import check_bound, check_noise
-from strategies import CentralDP, FedAdam, LocalDP
+from strategies import CentralDP, FedAdam, FedAvg, LocalDP
 from strategies.strategy import Strategy
 from tests.simulations.audit.audit_cases import SABOTAGE, plain, private
 
@@ -62,11 +66,22 @@ def test_noise_that_is_not_says_what_is_wrong(name: str, said: str) -> None:
     assert said in found.said
 
 
+@dataclass(frozen=True)
+class _Laplace(Transform):
+    """Some mechanism that an accountant knows and no replica does."""
+
+    def event(self) -> Mapping[str, Any]:
+        return {"name": "laplace", "scale": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfItsOwn(FedAvg):
+    def pipeline(self) -> Transform:
+        return Chain((_Laplace(),))
+
+
 def test_noise_that_no_replica_measures_is_a_warning_and_no_pass() -> None:
-    tree = CentralDP(
-        plain(), clip_norm=1.0, noise_multiplier=1.0, expected_cohort=5.0, delta=1e-5, noise=TreeNoise(rounds=4)
-    )
-    assert noise(tree).verdict is Verdict.WARN
+    assert noise(_OfItsOwn()).verdict is Verdict.WARN
     assert noise(plain()).verdict is Verdict.INFO
 
 

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from clients.torch_trainer import TorchTrainer
-from fedml_core import ClientData, Examples, Guide, Task, Training, Update
+from fedml_core import ClientData, Examples, Guide, Task, Update
 from fedml_core.compression import StochasticQuantize
 from fedml_core.errors import ConfigError, TaskError
-from server import EvaluationPlan, EveryClient, History
-from simulations import Faults, Iid, QuantitySkew, simulate
+from simulations import Faults, Iid, simulate
 from simulations.engines.batch_trainer import BatchTrainer, BatchWork, UnsupportedError
 from simulations.engines.batched import Batched
 from simulations.engines.engine import Stage
 from strategies import Compressed, FedAdam, FedAvg, FedMedian, FedProx, Scaffold, Strategy
+from tests.simulations.engines import engine_cases
+from tests.simulations.engines.engine_cases import NO_DISK, points, same, without_a_disk
 
 
 class Loop:
@@ -70,23 +71,10 @@ class LoopEngine(Batched):
         return Loop(stage.trainer, self.before)
 
 
-def points(count: int, seed: int) -> Examples:
-    drawn = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
-    return Examples.of(drawn, (drawn[:, 0] > 0).long() + (drawn[:, 1] > 0).long())
-
-
 TASK = Task.classification(
     model=lambda: nn.Linear(3, 3), classes=3, train_data=lambda: points(240, 1), test_data=lambda: points(60, 2)
 )
-SETTINGS: Mapping[str, Any] = {
-    "clients": 12,
-    "rounds": 3,
-    "partition": QuantitySkew(1.0),
-    "holdout": 0.2,
-    "training": Training(batch_size=8),
-    "evaluation": EvaluationPlan(clients=EveryClient()),
-    "faults": Faults(drop=0.1, nan=0.2),
-}
+SETTINGS: Mapping[str, Any] = {**engine_cases.SETTINGS, "faults": Faults(drop=0.1, nan=0.2)}
 STRATEGIES = [
     FedAvg(),
     FedProx(mu=0.1),
@@ -95,15 +83,6 @@ STRATEGIES = [
     Scaffold(population=12),
     Compressed(strategy=FedAvg(), compression=StochasticQuantize(4)),
 ]
-
-
-def same(one: History, other: History) -> None:
-    torch.testing.assert_close(one.parameters, other.parameters, rtol=1e-5, atol=1e-6)
-    for a, b in zip(one.reports, other.reports, strict=True):
-        assert (a.participants, a.missing, a.excluded) == (b.participants, b.missing, b.excluded)
-        assert a.bytes_up == pytest.approx(b.bytes_up, rel=0.02)
-        for place in a.metrics:
-            assert dict(a.metrics[place]) == pytest.approx(dict(b.metrics[place]), rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda one: type(one).__name__)
@@ -171,13 +150,8 @@ def test_a_client_that_diverges_is_excluded_alone() -> None:
 
 
 def test_a_client_whose_data_fails_is_named_or_skipped() -> None:
-    def load(client: int) -> ClientData:
-        if client == 3:
-            raise OSError("disk 3 is gone")
-        return ClientData(points(8, client))
-
-    task = Task.classification(model=lambda: nn.Linear(3, 3), classes=3, client_data=load)
-    with pytest.raises(TaskError, match=r"client 3: client_data\(3\) failed"):
+    task = without_a_disk()
+    with pytest.raises(TaskError, match=NO_DISK):
         simulate(task, FedAvg(), clients=6, rounds=1, engine=LoopEngine())
     history = simulate(task, FedAvg(), clients=6, rounds=1, engine=LoopEngine(skip_failures=True))
     assert history.reports[0].replies == 5

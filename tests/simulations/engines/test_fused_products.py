@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simulations.engines import fused_products
-from simulations.engines.fused_products import added_up, inner_products, linear, padded, threads
+from simulations.engines.fused_products import Threads, added_up, inner_products, linear, padded, threads
 
 
 @pytest.fixture(params=["as found here", "torch's own"])
@@ -68,4 +68,17 @@ def test_threads_are_what_they_were() -> None:
     with pytest.raises(ValueError, match="inside"), threads(before + 1):
         assert torch.get_num_threads() == before + 1
         raise ValueError("inside")
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_only_large_pieces_of_work_get_all_threads_and_all_are_given_back(most: int) -> None:
+    before, fair = torch.get_num_threads(), Threads(most)
+    pairs = [(fair.for_flops(4e7), fair.for_flops(6e7)), (fair.for_bytes(1 << 20), fair.for_bytes(1 << 25))]
+    for small, large in pairs:
+        with small:
+            assert torch.get_num_threads() == 1
+            with large:
+                assert torch.get_num_threads() == most
+            assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before

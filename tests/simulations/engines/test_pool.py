@@ -8,20 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
-import torch
 from torch import nn
 
-from fedml_core import ClientData, Examples, Task, Training
 from fedml_core.bulk import GatheredArrival
 from fedml_core.errors import ConfigError, RunError, TaskError
 from fedml_core.messages import Assignment
 from fedml_core.spans import Recorder, recording
-from server import EvaluationPlan, EveryClient, History
-from simulations import Engine, Faults, Fused, QuantitySkew, Sequential, simulate
+from simulations import Engine, Faults, Fused, Sequential, simulate
 from simulations.engines.chunk_worker import Chunk, ChunkWorker, Done, Failed, Job
 from simulations.engines.engine import Session, Stage
 from simulations.engines.pool import Crew, Pool, Worker, WorkerLostError
 from strategies import FedAvg, FedMedian, Scaffold, Strategy
+from tests.simulations.engines import engine_cases
+from tests.simulations.engines.engine_cases import NO_DISK, TASK, same, without_a_disk
 
 
 class Desk(Worker):
@@ -41,6 +40,8 @@ class Desk(Worker):
     def receive(self) -> Done | Failed:
         self._fate.strike("chunk")
         assert isinstance(self._answer, Done | Failed)
+        if isinstance(self._answer, Done) and self._answer.gathered is not None:
+            self._fate.strike("sum")
         return self._answer
 
     def ask_sum(self) -> None:
@@ -114,33 +115,9 @@ def forgotten() -> Iterator[None]:
     Engine.members.pop("Pooled", None)
 
 
-def points(count: int, seed: int) -> Examples:
-    drawn = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
-    return Examples.of(drawn, (drawn[:, 0] > 0).long() + (drawn[:, 1] > 0).long())
-
-
-TASK = Task.classification(model=lambda: nn.Linear(3, 3), classes=3, train_data=lambda: points(240, 1))
-SETTINGS: Mapping[str, Any] = {
-    "clients": 14,
-    "rounds": 2,
-    "partition": QuantitySkew(1.0),
-    "holdout": 0.2,
-    "training": Training(batch_size=8),
-    "evaluation": EvaluationPlan(clients=EveryClient()),
-    "faults": Faults(drop=0.1, nan=0.1),
-    "device": "cpu",
-}
+SETTINGS: Mapping[str, Any] = {**engine_cases.SETTINGS, "clients": 14, "rounds": 2}
 AGAIN = "clients are done again"
 STRATEGIES = [FedAvg(), FedMedian(), Scaffold(population=14)]
-
-
-def same(one: History, other: History) -> None:
-    torch.testing.assert_close(one.parameters, other.parameters, rtol=1e-5, atol=1e-6)
-    for a, b in zip(one.reports, other.reports, strict=True):
-        assert (a.participants, a.missing, a.excluded) == (b.participants, b.missing, b.excluded)
-        assert a.bytes_up == pytest.approx(b.bytes_up, rel=0.02)  # numbers as text differ in length
-        for place in a.metrics:
-            assert dict(a.metrics[place]) == pytest.approx(dict(b.metrics[place]), rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda one: type(one).__name__)
@@ -185,13 +162,8 @@ def test_the_last_worker_must_be_replaced() -> None:
 
 
 def test_a_failing_client_is_named_or_skipped() -> None:
-    def load(client: int) -> ClientData:
-        if client == 3:
-            raise OSError("disk 3 is gone")
-        return ClientData(points(8, client))
-
-    task = Task.classification(model=lambda: nn.Linear(3, 3), classes=3, client_data=load)
-    with pytest.raises(TaskError, match=r"client 3: client_data\(3\) failed: OSError: disk 3 is gone"):
+    task = without_a_disk()
+    with pytest.raises(TaskError, match=NO_DISK):
         simulate(task, FedAvg(), clients=6, rounds=1, engine=Pooled())
     history = simulate(task, FedAvg(), clients=6, rounds=1, engine=Pooled(skip_failures=True))
     assert [(row.client, row.rule) for row in history.reports[0].excluded] == [(3, "task")]

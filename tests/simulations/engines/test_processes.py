@@ -3,52 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fedml_core import ClientData, Examples, Task, Training
+from fedml_core import ClientData
 from fedml_core.errors import ConfigError, RunError, TaskError
-from server import EvaluationPlan, EveryClient, History
-from simulations import Faults, Processes, QuantitySkew, Sequential, Simulation, simulate
+from simulations import Faults, Processes, Sequential, Simulation, simulate
+from simulations.engines import processes
+from simulations.engines.chunk_worker import Job
+from simulations.population import Virtual
 from strategies import FedAdam, FedAvg, FedMedian, Scaffold, Strategy
-
-
-def points(count: int, seed: int) -> Examples:
-    drawn = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
-    return Examples.of(drawn, (drawn[:, 0] > 0).long() + (drawn[:, 1] > 0).long())
-
-
-TASK = Task.classification(
-    model=lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3)),
-    classes=3,
-    train_data=lambda: points(240, 1),
-    test_data=lambda: points(60, 2),
-)
-SETTINGS: Mapping[str, Any] = {
-    "clients": 12,
-    "rounds": 3,
-    "partition": QuantitySkew(1.0),
-    "holdout": 0.2,
-    "training": Training(batch_size=8),
-    "evaluation": EvaluationPlan(clients=EveryClient()),
-    "faults": Faults(drop=0.1, nan=0.1),
-}
-
-
-def same(one: History, other: History) -> None:
-    torch.testing.assert_close(one.parameters, other.parameters, rtol=1e-5, atol=1e-6)
-    for a, b in zip(one.reports, other.reports, strict=True):
-        assert (a.participants, a.missing, a.excluded) == (b.participants, b.missing, b.excluded)
-        assert a.bytes_down == b.bytes_down
-        for place in a.metrics:
-            assert dict(a.metrics[place]) == pytest.approx(dict(b.metrics[place]), rel=1e-5)
+from tests.simulations.engines.engine_cases import NO_DISK, SETTINGS, TASK, killing, points, same, without_a_disk
 
 
 @pytest.mark.parametrize(
@@ -60,21 +30,6 @@ def same(one: History, other: History) -> None:
 def test_workers_give_the_answer_of_one_process(strategy: Strategy, workers: int) -> None:
     expected = simulate(TASK, strategy, **SETTINGS)
     same(expected, simulate(TASK, strategy, engine=Processes(workers=workers), **SETTINGS))
-
-
-def killing(place: Path, when: int) -> Task:
-    """Return a task whose client 5 kills the process that loads it, until it has done so `when` times."""
-    parent = os.getpid()
-
-    def load(client: int) -> ClientData:
-        if client == 5 and os.getpid() != parent:
-            deaths = len(list(place.iterdir()))
-            if deaths < when:
-                (place / str(deaths)).touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-        return ClientData(points(10 + client, client))
-
-    return Task.classification(model=lambda: nn.Linear(3, 3), classes=3, client_data=load)
 
 
 @pytest.mark.parametrize("strategy", [FedAvg(), Scaffold(population=12)], ids=lambda strategy: type(strategy).__name__)
@@ -92,13 +47,8 @@ def test_a_client_that_kills_every_worker_ends_the_run_with_a_clear_line(tmp_pat
 
 
 def test_a_failing_client_is_named_or_skipped_as_in_one_process() -> None:
-    def load(client: int) -> ClientData:
-        if client == 3:
-            raise OSError("disk 3 is gone")
-        return ClientData(points(8, client))
-
-    task = Task.classification(model=lambda: nn.Linear(3, 3), classes=3, client_data=load)
-    with pytest.raises(TaskError, match=r"client 3: client_data\(3\) failed: OSError: disk 3 is gone"):
+    task = without_a_disk()
+    with pytest.raises(TaskError, match=NO_DISK):
         simulate(task, FedAvg(), clients=6, rounds=1, engine=Processes(workers=2))
     history = simulate(task, FedAvg(), clients=6, rounds=1, engine=Processes(workers=2, skip_failures=True))
     assert [(row.client, row.rule) for row in history.reports[0].excluded] == [(3, "task")]
@@ -148,3 +98,48 @@ def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="processes cannot run processes inside"):
         Processes(inner=Processes())
     assert Processes().inner == Sequential()
+
+
+@pytest.mark.parametrize(
+    "strategy", [FedAvg(), FedMedian(), Scaffold(population=6)], ids=lambda strategy: type(strategy).__name__
+)
+def test_a_large_models_parameters_and_sums_are_shared_round_after_round(strategy: Strategy) -> None:
+    large = dataclasses.replace(TASK, model=lambda: nn.Sequential(nn.Linear(3, 600), nn.Linear(600, 150)))
+    settings = {**SETTINGS, "clients": 6}
+    expected = simulate(large, strategy, **settings)
+    same(expected, simulate(large, strategy, engine=Processes(workers=2), **settings))
+
+
+class Idle:
+    """A process that never is one."""
+
+    def __init__(self, target: Any, args: Any, daemon: bool) -> None:
+        self.device, self.exitcode = args[2], 0
+
+    def start(self) -> None:
+        """Do nothing."""
+
+    def is_alive(self) -> bool:
+        return False
+
+    def join(self) -> None:
+        """Do nothing."""
+
+
+def test_workers_share_out_the_devices_and_a_replacement_takes_the_lost_ones() -> None:
+    job = Job(Sequential(), TASK, FedAvg(), Virtual(4, lambda client: ClientData(points(8, 1))), Faults(), 0)
+    crew = processes._Processes(job, ["cuda:0", "cuda:1", "cuda:2"], 4 * 51)
+    assert crew._context.get_start_method() == "spawn"  # a process that was forked cannot use a GPU
+    pipe = crew._context.Pipe
+    crew._context = SimpleNamespace(Pipe=pipe, Process=Idle)
+    workers: Any = crew.start(5)
+    try:
+        assert [one._process.device for one in workers] == ["cuda:0", "cuda:1", "cuda:2", "cuda:0", "cuda:1"]
+        workers[1].end()
+        workers[2].end()
+        workers += crew.start(2)
+        assert [one._process.device for one in workers[5:]] == ["cuda:2", "cuda:1"]
+    finally:
+        for one in workers:
+            one.end()
+        crew.close()

@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import nn
 
-from fedml_core import ClientData, Examples, Task, Training
+from fedml_core import ClientData, Task
 from fedml_core.errors import ConfigError, TaskError
 from fedml_core.loading import load_task
-from server import EvaluationPlan, EveryClient, History
-from simulations import Auto, Engine, Faults, Fused, Processes, QuantitySkew, Ray, simulate
+from simulations import Auto, Engine, Fused, Processes, Ray, simulate
 from simulations.engines.ray import Room
 from simulations.engines.ray_cluster import local_cluster
 from strategies import FedAvg, Scaffold, Strategy
+from tests.simulations.engines.engine_cases import NO_DISK, SETTINGS, TASK, killing, points, same, without_a_disk
 from tests.simulations.project_cases import nothing_stays
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -35,38 +35,6 @@ def cluster() -> Iterator[Any]:
     """One cluster for all that need one; an engine uses what the program has."""
     with local_cluster(cpus=3) as ray:
         yield ray
-
-
-def points(count: int, seed: int) -> Examples:
-    drawn = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
-    return Examples.of(drawn, (drawn[:, 0] > 0).long() + (drawn[:, 1] > 0).long())
-
-
-TASK = Task.classification(
-    model=lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3)),
-    classes=3,
-    train_data=lambda: points(240, 1),
-    test_data=lambda: points(60, 2),
-)
-SETTINGS: Mapping[str, Any] = {
-    "clients": 12,
-    "rounds": 3,
-    "partition": QuantitySkew(1.0),
-    "holdout": 0.2,
-    "training": Training(batch_size=8),
-    "evaluation": EvaluationPlan(clients=EveryClient()),
-    "faults": Faults(drop=0.1, nan=0.1),
-    "device": "cpu",
-}
-
-
-def same(one: History, other: History) -> None:
-    torch.testing.assert_close(one.parameters, other.parameters, rtol=1e-5, atol=1e-6)
-    for a, b in zip(one.reports, other.reports, strict=True):
-        assert (a.participants, a.missing, a.excluded) == (b.participants, b.missing, b.excluded)
-        assert a.bytes_down == b.bytes_down
-        for place in a.metrics:
-            assert dict(a.metrics[place]) == pytest.approx(dict(b.metrics[place]), rel=1e-5)
 
 
 @needs_ray
@@ -134,21 +102,6 @@ def test_a_task_file_is_found_by_actors_as_by_the_command(tmp_path: Path) -> Non
             simulate(task, FedAvg(), engine=Ray(workers=1), **settings)
 
 
-def killing(place: Path, when: int) -> Task:
-    """Return a task whose client 5 kills the process that loads it, until it has done so `when` times."""
-    parent = os.getpid()
-
-    def load(client: int) -> ClientData:
-        if client == 5 and os.getpid() != parent:
-            deaths = len(list(place.iterdir()))
-            if deaths < when:
-                (place / str(deaths)).touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-        return ClientData(points(10 + client, client))
-
-    return Task.classification(model=lambda: nn.Linear(3, 3), classes=3, client_data=load)
-
-
 @needs_ray
 @pytest.mark.usefixtures("cluster")
 def test_a_lost_actors_clients_are_done_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -165,13 +118,8 @@ def test_a_lost_actors_clients_are_done_again(tmp_path: Path, caplog: pytest.Log
 @needs_ray
 @pytest.mark.usefixtures("cluster")
 def test_a_failing_client_is_named_as_in_one_process() -> None:
-    def load(client: int) -> ClientData:
-        if client == 3:
-            raise OSError("disk 3 is gone")
-        return ClientData(points(8, client))
-
-    task = Task.classification(model=lambda: nn.Linear(3, 3), classes=3, client_data=load)
-    with pytest.raises(TaskError, match=r"client 3: client_data\(3\) failed: OSError: disk 3 is gone"):
+    task = without_a_disk()
+    with pytest.raises(TaskError, match=NO_DISK):
         simulate(task, FedAvg(), clients=6, rounds=1, engine=Ray(workers=1))
 
 

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedml_core import Examples, Task, Training
+from fedml_core import Task, Training
 from server import EvaluationPlan, EveryClient, FixedSampling, History
 from simulations import Engine, Faults, Fused, Processes, QuantitySkew, Sequential, Vectorised, simulate
 from strategies import FedAdam, FedAvg, FedMedian, FedProx, Scaffold, Strategy
+from tests.simulations.engines.engine_cases import points
 
 CLIENTS, FEATURES, CLASSES = 12, 5, 3
 WHOLE = 1_000  # more than there are clients
@@ -29,14 +30,12 @@ IN_WORKERS = [
 ]
 
 
-def points(count: int, seed: int) -> Examples:
-    drawn = torch.randn(count, FEATURES, generator=torch.Generator().manual_seed(seed))
-    return Examples.of(drawn, (drawn[:, 0] > 0).long() + (drawn[:, 1] > 0).long())
-
-
 def task_of(model: Callable[[], nn.Module]) -> Task:
     return Task.classification(
-        model=model, classes=CLASSES, train_data=lambda: points(180, 1), test_data=lambda: points(40, 2)
+        model=model,
+        classes=CLASSES,
+        train_data=lambda: points(180, 1, FEATURES),
+        test_data=lambda: points(40, 2, FEATURES),
     )
 
 
