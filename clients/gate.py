@@ -59,11 +59,16 @@ class Gate:
         self._uniform = config.policy.uniform_weights
         self._server, self._example = server, example
         self._begun: _Begun | None = None
-        self.protection = "none"
+        self._released: frozenset[str] = frozenset()
         """What protected the update that was released last."""
         self._content: tuple[Data, str] | None = None
         # Rounds that an earlier one's event covers leave no entry of their own to count.
         self._participations: dict[str, int] = {}
+
+    @property
+    def protection(self) -> str:
+        """Return what protected the last update that left, joined by +."""
+        return _shown(self._released)
 
     def admit(self, assignment: Assignment, work: TrainWork, secure: Sum | None) -> None:
         """Check a training against the policy and the budget, before any data is read.
@@ -85,7 +90,7 @@ class Gate:
             participation=max(earlier, self._participations.get(assignment.run, 0)) + 1,
         )
         protections = self._policy.check(asked)
-        shown = "+".join(sorted(protections)) or "none"
+        shown = _shown(protections)
         purpose = Purpose(asked.run, self._server, asked.round, shown, participation=asked.participation)
         self._begun = _Begun(asked, protections, purpose)
         self._books.check_unit(protections)
@@ -125,7 +130,7 @@ class Gate:
         """
         begun = self._admitted()
         self._begun = None
-        self.protection = begun.purpose.protection
+        self._released = begun.protections
         if not begun.reserved:
             raise PrivacyError("the trainer claims to protect examples and reserved nothing; its update stays here")
         if self._uniform and not bool((update.weight == 1).all()):
@@ -161,10 +166,9 @@ class Gate:
 
         Raises: RefusalError: if the ledger cannot be believed. PrivacyError: if nothing accounts for what it holds.
         """
-        found = frozenset(self.protection.split("+"))
-        if not found & NOISE:
+        if not self._released & NOISE:
             return None
-        return self._books.spent("example" if "example" in found else "client", run)
+        return self._books.spent("example" if "example" in self._released else "client", run)
 
     def _due(self, begun: _Begun) -> list[tuple[Event | None, str]]:
         return due(begun.asked, begun.protections, covered=self._covered(begun.asked))
@@ -216,6 +220,10 @@ def _all_or_zeros(kept: dict[str, float], wanted: Iterable[str]) -> dict[str, fl
     """
     zeros = dict.fromkeys(wanted, 0.0)
     return kept if kept.keys() >= zeros.keys() else {**dict.fromkeys(kept, 0.0), **zeros}
+
+
+def _shown(protections: frozenset[str]) -> str:
+    return "+".join(sorted(protections)) or "none"
 
 
 def _like(value: float, update: Update) -> Tensor:

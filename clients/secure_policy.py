@@ -2,7 +2,8 @@
 
 Guarantees: a server that asks for a smaller cohort, a lower threshold or less mistrust than the site.toml says is
     refused, with both numbers; nothing that a server sends changes what the site demands.
-Guarantees: where the site.toml lists assistants, it contributes to no sum whose masks anybody else would take off.
+Guarantees: where the site.toml lists assistants, it contributes to no one-shot sum whose masks anybody else would
+    take off.
 """
 
 from __future__ import annotations

@@ -152,4 +152,10 @@ class PolicyTable(_Table):
         for name, listed in (("runs", self.runs), ("servers", self.servers), ("optimizers", self.optimizers)):
             if listed == []:
                 raise ValueError(f"must name at least one of {name}, or leave {name} out")
+        accepted = {word for choice in self.accept for word in choice.split("+")}
+        if "accept" in self.model_fields_set and "none" in accepted:
+            return self
+        for kind in ("central", "distributed", "local"):
+            if kind in self.model_fields_set and kind not in accepted:
+                raise ValueError(f"must name {kind} in accept, or [policy.{kind}] would refuse nothing")
         return self

@@ -26,13 +26,18 @@ def require_accountable(
     """Refuse a plan whose rounds would not be as private as the strategy says.
 
     Args: stops_by: the metric that ends the run early, such as "clients.loss".
-    Raises: PrivacyError: if clients may come back before correlated noise allows it. ConfigError: if rounds with few
-        replies would be void, although noise is to hide who came; if clients' exact metrics would decide how many
-        rounds are released.
+    Raises: PrivacyError: if clients may come back before correlated noise allows it, or secret cohorts would be drawn
+        by another rule than the sampling's. ConfigError: if rounds with few replies would be void, although noise is
+        to hide who came; if clients' exact metrics would decide how many rounds are released.
     """
     terms = strategy.privacy()
     if terms is None:
         return
+    if terms.secret_cohort and not sampling.hides:
+        raise PrivacyError(
+            f"{type(sampling).__name__} changes who is asked, and its secret cohorts would follow the class that it "
+            "changes; give it a hidden_cohort, too"
+        )
     if sampling.separation < terms.separation:
         raise PrivacyError(
             f"the noise is for clients that stay away for {terms.separation} rounds, and {type(sampling).__name__} "
@@ -80,7 +85,7 @@ def claim_of(spent: Events, terms: Terms, sampling: Sampling) -> Claim:
 
     Raises: PrivacyError: for what nothing can account for.
     """
-    folded, adjacency = fold(spent), terms.adjacency or sampling.adjacency
+    folded, adjacency = fold(spent), terms.adjacent(sampling.adjacency)
     epsilon, accountant = cost(folded, terms.delta, adjacency, _STEPS)
     return Claim(epsilon, terms.delta, terms.unit, adjacency, sampling_of(folded), accountant)
 

@@ -24,7 +24,7 @@ from server.gathering import Gathered, Gathering, InTheClear, Order
 from server.plan import Plan
 from server.round import LISTED, RoundReport, virtual_time
 from server.uncovered import flagged
-from server.validation import EvaluationIntake, averages
+from server.validation import EvaluationIntake, averages, shortfall
 
 if TYPE_CHECKING:
     from fedml_core.privacy.accounting import Claim
@@ -219,7 +219,7 @@ class Coordinator:
         if gathered.why:
             return *unchanged, gathered.why
         if replies < self.plan.minimum_replies and not hidden:
-            return *unchanged, f"{replies} good replies arrived, the minimum is {self.plan.minimum_replies}"
+            return *unchanged, shortfall(replies, self.plan.minimum_replies, gathered.excluded)
         draws = Draws.of(self.plan.seed, "decode", number)
         try:
             step = self.plan.strategy.step(self.state.parameters, gathered.total, self.state.strategy, draws)

@@ -79,10 +79,11 @@ class PrivateFlowerStrategy(FlowerStrategy):
             raise ConfigError(f"sampling must be one of server's samplings, got {sampling!r:.80}")
         self._sampling, self._secret, self._cohorts = sampling, secrets.token_bytes(32), 0
         self._ledger, self._budget = None if ledger is None else Ledger(ledger), budget
-        self._account = Account(dataset, terms.unit, terms.adjacency or sampling.adjacency)
+        self._account = Account(dataset, terms.unit, terms.adjacent(sampling.adjacency))
         self._run = _run_name()
         self.spent: Events = ()
         """What was done so far, in an accountant's words: read it to save it, set it to go on. It outlives `start`."""
+        self._begun = False
         self.claim: Claim | None = None
         """What that costs one client that took part whenever it could, once the round that began last is over."""
 
@@ -109,6 +110,11 @@ class PrivateFlowerStrategy(FlowerStrategy):
         """Return the noised model, and the mean training metrics with what the rounds so far have cost."""
         if self.claim is None:
             raise RunError("aggregate_train was called before any round was counted; call configure_train first")
+        if not self._begun:
+            raise RunError(
+                "aggregate_train was called again for a round that was counted once; call configure_train first"
+            )
+        self._begun = False
         arrays, metrics = super().aggregate_train(server_round, replies)
         self._flag(server_round, "train", metrics)
         # Ours come last: no client can say what was spent.
@@ -160,7 +166,7 @@ class PrivateFlowerStrategy(FlowerStrategy):
             protection = self.strategy.protection()
             books = RoundBooks(self._ledger, self._account, self._run, protection=protection, budget=self._budget)
             books(new, server_round)
-        self.spent, self.claim = spent, claim
+        self.spent, self.claim, self._begun = spent, claim, True
         _log.info("round %d: %s, once it is over", server_round, claim)
 
     def _flag(self, server_round: int, place: str, metrics: MetricRecord | None) -> None:

@@ -80,7 +80,7 @@ def round_books(
     if terms is None:
         return None
     head = None if config.ledger.head is None else config.beside(config.ledger.head)
-    adjacency = terms.adjacency or plan.sampling.adjacency
+    adjacency = terms.adjacent(plan.sampling.adjacency)
     account = Account(config.ledger.dataset or "clients", terms.unit, adjacency)
     budget = Budget(**config.budget.model_dump()) if config.budget.limited else None
     ledger = Ledger(ledger_path(config, folder), head=head, cost=cost)

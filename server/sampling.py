@@ -41,6 +41,13 @@ class Sampling(Named):
         """Return such a cohort, drawn by a secret of 32 bytes; overrides take their draws from a keyed cipher."""
         return self.cohort(clients, round_number, int.from_bytes(secret, "big"))
 
+    @property
+    def hides(self) -> bool:
+        """Return whether hidden cohorts follow this rule: a class that changes `cohort` must change both."""
+        definitions = [("cohort" in vars(cls), "hidden_cohort" in vars(cls)) for cls in type(self).__mro__]
+        changes, hidden = next((pair for pair in definitions if any(pair)), (False, False))
+        return hidden or (changes and type(self).hidden_cohort is Sampling.hidden_cohort)
+
     def require(self, population: int) -> None:
         """Raise ConfigError if this cannot be drawn from `population` clients."""
 

@@ -193,3 +193,12 @@ def _work_done(body: Body) -> Done:
     if isinstance(body, Failure):
         raise ReplyError(body.rule, body.reason)
     return body
+
+
+def shortfall(replies: int, minimum: int, excluded: Sequence[Exclusion]) -> str:
+    """Return why a round with too few replies is void, with the first reason of those that did not count."""
+    said = f"{replies} good replies arrived, the minimum is {minimum}"
+    if not excluded:
+        return said
+    first = min(excluded, key=lambda row: (row.client, row.rule))
+    return f"{said}; of {len(excluded)} that did not count, client {first.client}: {first.reason}"

@@ -12,14 +12,14 @@ from fedml_core.console import Console
 from fedml_core.errors import ConfigError, PrivacyError
 from fedml_core.loading import load_task
 from fedml_core.policy_tables import BudgetTable
-from fedml_core.privacy.outlook import Outlook, Release, outlook
+from fedml_core.privacy.outlook import Outlook, outlook
 from server.books import event_of
 from server.claims import with_examples
 from server.wording import server_saw
 from simulations.configure import simulation_from
 from simulations.private_clients import EXAMPLES_DIFFER
+from simulations.releases import release_of_clients, release_of_examples
 from simulations.simulate import Simulation
-from strategies.private import CentralDP
 
 __all__ = ["Question", "outlooks_of", "say_outlook"]
 
@@ -74,11 +74,11 @@ def say_outlook(console: Console, question: Question) -> None:
 def _say(console: Console, found: Outlook) -> None:
     for number, claim in found.claims:
         console.say(f"round {number:<6} {claim}")
-    if found.release is not None:
+    if (release := found.release) is not None:
         console.say(
-            f"noise        {found.release.noise_per_coordinate:.3g} on each coordinate of the mean; the most signal is "
-            f"{found.release.aligned_signal_to_noise:.3g} times as long if all updates agree, and "
-            f"{found.release.independent_signal_to_noise:.3g} times if they have nothing in common"
+            f"noise        {release.noise_per_coordinate:.3g} on each coordinate of a {release.once}'s mean; the most "
+            f"signal is {release.aligned_signal_to_noise:.3g} times as long if all {release.parts} agree, and "
+            f"{release.independent_signal_to_noise:.3g} times if they have nothing in common"
         )
     for line in found.advice:
         console.say(f"advice       {line}")
@@ -107,6 +107,7 @@ def _of_examples(simulation: Simulation, budget: float | None) -> Outlook | None
         delta=table.delta,
         unit="example",
         adjacency=EXAMPLES_DIFFER,
+        release=release_of_examples(simulation),
         budget=_limit(table, "example") if budget is None else budget,
     )
 
@@ -139,19 +140,10 @@ def _of_clients(simulation: Simulation, budget: float | None) -> Outlook | None:
         rounds,
         delta=terms.delta,
         unit=terms.unit,
-        adjacency=terms.adjacency or sampling.adjacency,
-        release=_release(simulation),
+        adjacency=terms.adjacent(sampling.adjacency),
+        release=release_of_clients(simulation),
         budget=_limit(simulation.budget, terms.unit) if budget is None else budget,
     )
-
-
-def _release(simulation: Simulation) -> Release | None:
-    """Return what a round publishes, where the strategy says so in numbers that do not change."""
-    strategy = simulation.strategy
-    if not isinstance(strategy, CentralDP) or not isinstance(strategy.clip_norm, int | float) or strategy.noise:
-        return None
-    size = simulation.trainer.spec.size
-    return Release(float(strategy.clip_norm), strategy.noise_multiplier, strategy.expected_cohort, size)
 
 
 def _draw(path: Path, outlooks: Sequence[Outlook], budget: float | None) -> None:

@@ -40,14 +40,22 @@ class Accounts:
         not a failure, a reply that was lost, a crash, or a resumed run that does the round again.
     Guarantees: a round that would bring one of its clients beyond the budget is not begun.
 
-    Args: clients: how all of them train. budget: its delta is every claim's. run: the run's id. resumed: whether the
-        run goes on, so that the accounts must be there.
-    Raises: CheckpointError: if they are not, are damaged, or those of another run or of other settings.
+    Args: clients: how all of them train. budget: its delta is every claim's. run: the run's id. reported: of a run that
+        goes on, so that the accounts must be there, the claim that its checkpoint holds; it may be empty.
+    Raises: CheckpointError: if they are not, are damaged or older than the checkpoint, or those of another run or of
+        other settings.
     """
 
     def __init__(
-        self, clients: PrivateClients, budget: BudgetTable, *, folder: Path | None, run: str, resumed: bool = False
+        self,
+        clients: PrivateClients,
+        budget: BudgetTable,
+        *,
+        folder: Path | None,
+        run: str,
+        reported: Mapping[str, Any] | None = None,
     ) -> None:
+        resumed = reported is not None
         self._clients, self._run = clients, run
         self._terms = Terms(
             delta=budget.delta, unit="example", adjacency=EXAMPLES_DIFFER, secret_cohort=False, server_noise=False
@@ -65,8 +73,9 @@ class Accounts:
             self._connection = sqlite3.connect(self._path or ":memory:", timeout=1.0, isolation_level=None)
         try:
             with self._blaming():
-                self._prepare()
+                self._prepare(resumed)
                 self._worst = int(self._one("SELECT coalesce(max(trainings), 0) FROM account"))
+            self._require(reported or {})
         except BaseException:
             self._connection.close()
             raise
@@ -82,21 +91,22 @@ class Accounts:
         Raises: RunError: if the budget does not allow it for one of them; nobody is charged. CheckpointError: if the
             accounts cannot be written.
         """
+        if not clients:
+            return
         asked = json.dumps([int(client) for client in clients])
-        with self._blaming():
+        # Nobody else charges between what is looked up and what is written.
+        with self._blaming(), self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
             most = int(
                 self._one(
                     "SELECT coalesce(max(trainings), 0) FROM account WHERE client IN (SELECT value FROM json_each(?))",
                     asked,
                 )
             )
-        if not clients:
-            return
-        try:
-            self._check(most)
-        except RefusalError as error:
-            raise RunError(f"round {round_number} is not begun, by the clients' own budget: {error}") from error
-        with self._blaming():
+            try:
+                self._check(most)
+            except RefusalError as error:
+                raise RunError(f"round {round_number} is not begun, by the clients' own budget: {error}") from error
             self._connection.execute(
                 "INSERT INTO account SELECT value, 1 FROM json_each(?) WHERE true "
                 "ON CONFLICT (client) DO UPDATE SET trainings = trainings + 1",
@@ -136,7 +146,7 @@ class Accounts:
         past = [Entry.unwritten(event, account, self._run) for event in self._events(trainings)]
         self._budget.check(self._clients.event, account, self._run, past, epsilon_of)
 
-    def _prepare(self) -> None:
+    def _prepare(self, resumed: bool) -> None:
         run = self._connection.execute
         # FULL, so that a power cut undoes nothing either.
         run("PRAGMA journal_mode = TRUNCATE")
@@ -147,6 +157,11 @@ class Accounts:
         settings, event = json.dumps(self._clients.settings()), json.dumps(dict(self._clients.event), sort_keys=True)
         mine = (_FORMAT, self._run, settings, event)
         kept = run("SELECT format, run, settings, event FROM about").fetchone()
+        if kept is None and resumed:
+            raise CheckpointError(
+                f"{self._path} is empty, and it should say what this run's clients have spent; restore it from a copy, "
+                "or start a new run"
+            )
         if kept is None:
             run("INSERT INTO about VALUES (?, ?, ?, ?)", mine)
         run("COMMIT")
@@ -159,6 +174,18 @@ class Accounts:
             raise CheckpointError(
                 f"{self._path} holds accounts of another {name} than this run's; restore the old value, or start a new "
                 "run in another folder"
+            )
+
+    def _require(self, reported: Mapping[str, Any]) -> None:
+        """Refuse accounts that say less than was reported: a copy that is older than the checkpoint."""
+        least = reported.get("epsilon")
+        if least is None or reported.get("delta") != self._terms.delta:
+            return
+        found = self.claim().epsilon
+        if found < least * (1 - 1e-9):
+            raise CheckpointError(
+                f"{self._path} accounts for epsilon {found:.2f}, and {least:.2f} was reported already; restore a newer "
+                "copy, or start a new run"
             )
 
     def _one(self, query: str, *values: str) -> Any:

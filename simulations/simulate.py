@@ -168,6 +168,8 @@ class Simulation:
             session = self.engine.open(stage)
             held.callback(session.close)
             members = None if virtual is None else virtual.members(stage, session)
+            if folder is not None and accounts is not None and not resume:
+                folder.keep(state)  # so that a run that dies in its first round is resumed, with what that has cost
             reports = record_rounds(
                 coordinator,
                 SimulationChannel(stage, session, clock, members, accounts=accounts),
@@ -236,7 +238,8 @@ class Simulation:
                     "[clients.examples], or start a new run in another folder"
                 )
             return None
-        return Accounts(self.private_clients, self.budget, folder=out, run=state.run, resumed=resume)
+        reported = ((state.report or {}).get("example_privacy") or {}) if resume else None
+        return Accounts(self.private_clients, self.budget, folder=out, run=state.run, reported=reported)
 
     def _client_budget(self, state: RunState) -> ClientBudget | None:
         terms = self.strategy.privacy()
@@ -244,7 +247,7 @@ class Simulation:
             return None
         from simulations.client_budget import ClientBudget  # loads the accountant, which others do without
 
-        return ClientBudget(self.budget, terms, terms.adjacency or self.sampling.adjacency, state)
+        return ClientBudget(self.budget, terms, terms.adjacent(self.sampling.adjacency), state)
 
     def _state(self, folder: RunFolder | None, *, resume: bool, overwrite: bool) -> RunState:
         spec = self.trainer.spec

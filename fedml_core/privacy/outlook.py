@@ -26,15 +26,19 @@ Price = Callable[[int], Claim]
 
 @dataclass(frozen=True)
 class Release:
-    """The mean that one round publishes: clipped updates over `expected_cohort`, with noise on their sum.
+    """The mean that is published: clipped updates over `expected_cohort`, with noise on their sum.
 
     `clip_norm`: in units of the update. `noise_multiplier`: of the sum, over the clip norm. `parameters`: coordinates.
+    `once`, `parts`, `of`: in words, how often, of what, and what these are together.
     """
 
     clip_norm: float
     noise_multiplier: float
     expected_cohort: float
     parameters: int
+    once: str = "round"
+    parts: str = "updates"
+    of: str = "cohort"
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -160,7 +164,8 @@ def _on_signal(release: Release) -> list[str]:
     cohort = math.ceil(release.expected_cohort / ratio)
     fewer = max(1, math.floor(release.parameters * ratio**2))
     return [
-        f"in one round the noise is {1 / ratio:.3g} times as large as the signal can be at most; a cohort of {cohort} "
+        f"in one {release.once} the noise is {1 / ratio:.3g} times as large as the signal can be at most; "
+        f"a {release.of} of {cohort} "
         f"instead of {release.expected_cohort:g}, or {fewer} parameters instead of {release.parameters}, makes "
         "them equal"
     ]

@@ -59,3 +59,7 @@ class Terms:
                 f"unit must be one of {', '.join(UNITS)} and adjacency one of {', '.join(ADJACENCIES)}, "
                 f"got {self.unit!r} and {self.adjacency!r}"
             )
+
+    def adjacent(self, sampled: str) -> str:
+        """Return how neighbours differ: as the mechanism says, or where it allows several, as the sampling does."""
+        return self.adjacency or sampled

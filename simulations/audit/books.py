@@ -48,7 +48,7 @@ def check_books(
     else:
         one = sampling.event(population, event) if terms.secret_cohort else event
         done = [{"name": "repeated", "count": len(reports), "event": one}]
-    adjacency = terms.adjacency or sampling.adjacency
+    adjacency = terms.adjacent(sampling.adjacency)
     try:
         owed = epsilon_of(done, delta=terms.delta, unit="client", adjacency=adjacency).epsilon
         counted = epsilon_of(spent, delta=terms.delta, unit="client", adjacency=adjacency).epsilon if spent else 0.0

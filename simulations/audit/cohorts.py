@@ -9,6 +9,7 @@ from dataclasses import asdict
 import numpy as np
 
 from fedml_core.privacy.goodness import SizeTest, binomial_sizes, even_p, overlap_p
+from fedml_core.randomness import key_bytes
 from server.sampling import Sampling
 from simulations.audit.findings import REJECT, Finding, Verdict
 
@@ -31,6 +32,8 @@ def check_sampling(
 ) -> tuple[Finding, SizeTest | None]:
     """Return whether cohorts are those of the scheme that is claimed, and the histogram of their sizes.
 
+    They are drawn as a private run draws them, by a secret.
+
     Args: observed: the cohort sizes of the run.
     """
     what = "sampling"
@@ -38,7 +41,8 @@ def check_sampling(
     name = str(event.get("name", "none"))
     if name not in ("poisson", "fixed-size"):
         return Finding(what, Verdict.INFO, "no sampling is claimed, so none amplifies"), None
-    cohorts = [sampling.cohort(range(population), number, seed) for number in range(1, _DRAWS + 1)]
+    secret = key_bytes(seed, "audited cohorts", size=32)
+    cohorts = [sampling.hidden_cohort(range(population), number, secret) for number in range(1, _DRAWS + 1)]
     flaw = _malformed(cohorts, population)
     if flaw:
         return Finding(what, Verdict.FAIL, flaw, {"claimed": name}), None

@@ -120,8 +120,8 @@ def test_a_sites_own_threshold_counts_the_assistants_that_open_masks(stage: str)
 
 
 def test_a_site_contributes_to_no_sum_whose_masks_others_than_its_own_assistants_would_take_off() -> None:
-    # Guarantees: "where the site.toml lists assistants, it contributes to no sum whose masks anybody else would take
-    # off."
+    # Guarantees: "where the site.toml lists assistants, it contributes to no one-shot sum whose masks anybody else
+    # would take off."
     case, counter = Sum().advertise(), RememberedAttempts()
     picky = member(floor=CohortFloor(SecureAggregationTable(assistants=[2, 0, 3])), counter=counter)
     with pytest.raises(RefusalError) as refused:

@@ -294,6 +294,11 @@ def test_every_key_is_described() -> None:
             "unknown key 'policy.maximum_epoch'; did you mean 'maximum_epochs' or 'maximum_steps' or 'maximum_rounds'?",
         ),
         ("[policy.central]\nmaximum_clip_norm = 0\n", "policy.central.maximum_clip_norm must be > 0, got 0"),
+        (
+            "[policy.central]\nmaximum_clip_norm = 1.0\n",
+            "policy must name central in accept, or [policy.central] would refuse nothing, got "
+            "{'central': {'maximum_clip_norm': 1.0}}",
+        ),
         ("[policy.metrics]\nstep = -1.0\n", "policy.metrics.step must be > 0, got -1.0"),
         ("[budget]\nepsilon = 0.0\n", "budget.epsilon must be > 0, got 0.0"),
         ("[budget]\ndelta = 1.0\n", "budget.delta must be < 1, got 1.0"),

@@ -38,15 +38,15 @@ ACCOUNT = Account("clients", "client", "replace-special")
 
 
 class FirstAttempt:
-    """Keeps messages of one exchange of the first attempt from some clients; of the next attempts, none."""
+    """Keeps messages of one exchange of the first attempt from some clients; of attempts after the `last`, none."""
 
-    def __init__(self, stage: str, clients: Collection[int]) -> None:
-        self._stage, self._clients = stage, clients
+    def __init__(self, stage: str, clients: Collection[int], last: int = 1) -> None:
+        self._stage, self._clients, self._last = stage, clients, last
         self.attempts = 0
 
     def __call__(self, stage: str, client: int, assignment: Assignment) -> Assignment | None:
         self.attempts += stage == "advertise" and client == 0
-        return None if self.attempts == 1 and stage == self._stage and client in self._clients else assignment
+        return None if self.attempts <= self._last and stage == self._stage and client in self._clients else assignment
 
 
 def coordinator_of(strategy: SecureAggregation, channel: SecureChannel, reserve: Reserve | None) -> Coordinator:
@@ -116,6 +116,15 @@ def test_a_budget_that_has_room_for_one_sum_ends_the_round_instead_of_opening_a_
     assert (server, site) == ([1], [1])
     assert [stage for _, stage in channel.exchanges].count("advertise") == 1
     assert report.epsilon == pytest.approx(cost_of(dp, 1), rel=2e-3)
+
+
+def test_the_last_attempt_is_not_followed_by_a_charge_for_one_that_never_comes(tmp_path: Path) -> None:
+    dp = noised(noise_multiplier=4.0)
+    channel = SecureChannel(KEYS, SIZE, tamper=FirstAttempt("unmask", (1, 2, 3, 4), last=2))
+    report = next(coordinator_of(SecureAggregation(dp, PROTOCOL), channel, books(tmp_path)).rounds(channel, 3))
+    assert report.status == "void" and report.secure is not None and report.secure["attempts"] == 2
+    assert [entry.round for entry in Ledger(tmp_path / "server.sqlite").known()] == [1, 1]
+    assert report.epsilon == pytest.approx(cost_of(dp, 2), rel=2e-3)
 
 
 def test_a_resumed_run_knows_what_its_attempts_cost(tmp_path: Path) -> None:

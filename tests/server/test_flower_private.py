@@ -183,6 +183,13 @@ def test_an_aggregation_that_was_never_counted_is_refused() -> None:
         PrivateFlowerStrategy(NOISY).aggregate_train(1, [])
 
 
+def test_a_round_that_was_counted_once_is_released_once() -> None:
+    strategy = PrivateFlowerStrategy(NOISY)
+    one_round(strategy)
+    with pytest.raises(RunError, match="called again for a round that was counted once"):
+        strategy.aggregate_train(1, [])
+
+
 DISTRIBUTED = DistributedDP(EVENLY, 1.0, 1.0, 1e-5, SIZE, 6, 4)
 SUMMED = SecureAggregation(DISTRIBUTED, SecAggPlus(corrupt_share=0.2, minimum=5, active=False))
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
-from fedml_core.errors import ConfigError
+from fedml_core.errors import ConfigError, PrivacyError
+from fedml_core.weighting import Uniform
+from server.books import require_accountable
 from server.sampling import EveryClient, FixedSampling, MinimumSeparation, PoissonSampling, Sampling
+from strategies import CentralDP, FedAvg
 
 SAMPLINGS = [EveryClient(), FixedSampling(5), PoissonSampling(0.3), MinimumSeparation(4)]
 NOISE = {"name": "gaussian", "noise_multiplier": 1.0}
@@ -66,6 +71,33 @@ def test_a_hidden_cohort_is_a_uniform_sample_that_its_secret_decides(count: int,
     assert abs(pairs / rounds - together) < 6 * np.sqrt(together / rounds)
     assert sampling.hidden_cohort(range(count), 7, secret) == sampling.hidden_cohort(range(count), 7, secret)
     assert sampling.hidden_cohort(range(count), 7, secret) != sampling.hidden_cohort(range(count), 7, bytes(32))
+
+
+class First(FixedSampling):
+    """The first clients."""
+
+    def cohort(self, clients: Sequence[int], round_number: int, seed: int) -> list[int]:
+        """Return the first clients."""
+        return list(clients[: self.size])
+
+
+class Last(Sampling):
+    """The last client."""
+
+    def cohort(self, clients: Sequence[int], round_number: int, seed: int) -> list[int]:
+        """Return the last client."""
+        return list(clients[-1:])
+
+
+def test_a_rule_that_would_not_hold_for_hidden_cohorts_is_refused_under_privacy() -> None:
+    private = CentralDP(
+        FedAvg(weighting=Uniform()), clip_norm=1.0, noise_multiplier=1.0, expected_cohort=2.0, delta=1e-5
+    )
+    assert all(sampling.hides for sampling in (*SAMPLINGS, Last())) and not First(2).hides
+    require_accountable(FedAvg(), First(2), 1)
+    with pytest.raises(PrivacyError, match="First changes who is asked, and its secret cohorts would follow the class"):
+        require_accountable(private, First(2), 1)
+    assert Last().hidden_cohort(range(9), 1, bytes(32)) == [8]
 
 
 def test_a_hidden_cohort_of_everybody_or_nobody_is_drawn_without_end() -> None:

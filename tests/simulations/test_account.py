@@ -79,7 +79,7 @@ def test_people_read_one_line_and_notes() -> None:
         ("--delta 1e-5 --noise-multiplier 1 --target-epsilon 1", "2 of them were given"),
         ("--delta 2 --noise-multiplier 1", "delta must be > 0 and < 1, got 2.0"),
         ("--delta 1e-5 --noise-multiplier -1", "noise_multiplier must be"),
-        ("--delta 1e-5 --noise-multiplier 1 --steps 0", "count must be >= 1"),
+        ("--delta 1e-5 --noise-multiplier 1 --steps 0", "--steps must be >= 1, got 0"),
         ("--delta 1e-5 --noise-multiplier 1 --mechanism magic", "--mechanism must be one of gaussian, laplace"),
         ("--delta 1e-5 --noise-multiplier 1 --sampling-rate 2", "sampling_probability must be > 0 and <= 1"),
         ("--delta 1e-5 --noise-multiplier 1 --sample-size 5", "--sample-size needs --population"),

@@ -61,6 +61,7 @@ def test_a_picture_is_drawn_where_one_is_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "epsilon.png").stat().st_size > 1000
 
 
+APART = ("--set", 'sampling={name="MinimumSeparation",rounds_apart=4}')
 EXAMPLES = ("--set", "clients.examples={noise_multiplier=1.0,clip_norm=1.0,sampling_rate=0.1}")
 
 
@@ -79,6 +80,20 @@ def test_examples_that_simulated_clients_protect_are_planned_for(tmp_path: Path)
     summary = json.loads(result.stdout.splitlines()[-1])
     assert last["epsilon"] <= summary["epsilon"] * (1 + 1e-9) <= last["epsilon"] * 1.003
     assert summary["privacy"] == summary["example_privacy"]
+
+
+def test_signal_and_noise_are_told_for_every_kind_of_noise_that_rounds_do_not_share(tmp_path: Path) -> None:
+    run, plain = project(tmp_path), '{name="FedAvg",weighting="Uniform"}'
+    step = answer(run, *EXAMPLES, "--set", "training.batch_size=8")["example_privacy"]
+    assert step["noise_per_coordinate"] == pytest.approx(1.0 / 8)
+    local = f'strategy={{name="LocalDP",strategy={plain},clip_norm=2.0,epsilon=8.0,delta=1e-5}}'
+    everybody = answer(run, "--set", local, "--set", 'sampling="EveryClient"', "--set", "clients.count=4")["privacy"]
+    one = answer(run, "--set", local, "--set", 'sampling={name="FixedSampling",size=1}')["privacy"]
+    assert everybody["noise_per_coordinate"] == pytest.approx(one["noise_per_coordinate"] / 2)
+    adaptive = PRIVATE[1].replace("clip_norm=0.5", 'clip_norm={name="AdaptiveClip",initial=0.5,counter_noise=9.0}')
+    assert answer(run, "--set", adaptive)["privacy"]["noise_per_coordinate"] == pytest.approx(0.25)
+    shared = PRIVATE[1].replace("delta=", 'noise={name="TreeNoise",rounds=4},delta=')
+    assert "noise_per_coordinate" not in answer(run, "--set", shared, "--set", "rounds=4", *APART)["privacy"]
 
 
 def test_clients_and_examples_are_planned_for_together_and_a_budget_for_examples_says_what_fits(tmp_path: Path) -> None:

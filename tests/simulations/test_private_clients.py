@@ -219,6 +219,11 @@ cases.run(task=task, clients=4, rounds=1, out=Path({str(tmp_path)!r}), engine=ca
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=120)
     assert done.returncode == -9, done.stderr.decode()
     assert trainings(tmp_path) == dict.fromkeys(range(4), 1)
+    # The charge is not forgotten by beginning anew, but on demand.
+    with pytest.raises(ConfigError, match="holds a run; go on with --resume, replace it with --overwrite"):
+        run(task=NOISY, clients=4, rounds=1, out=tmp_path)
+    run(task=NOISY, clients=4, rounds=1, out=tmp_path, resume=True)
+    assert trainings(tmp_path) == dict.fromkeys(range(4), 2)
 
 
 def test_clients_of_a_worker_that_died_are_charged_for_training_again(tmp_path: Path) -> None:
@@ -338,9 +343,17 @@ def test_a_run_whose_accounts_are_gone_or_damaged_is_not_resumed(tmp_path: Path)
     (tmp_path / "run" / ACCOUNTS_FILE).unlink()
     with pytest.raises(CheckpointError, match="it says what this run's clients have spent"):
         run(rounds=2, out=tmp_path / "run", resume=True)
+    (tmp_path / "run" / ACCOUNTS_FILE).touch()
+    with pytest.raises(CheckpointError, match="is empty, and it should say what this run's clients have spent"):
+        run(rounds=2, out=tmp_path / "run", resume=True)
     (tmp_path / "run" / ACCOUNTS_FILE).write_bytes(b"no database" + kept[11:])
     with pytest.raises(CheckpointError, match="cannot be used"):
         run(rounds=2, out=tmp_path / "run", resume=True)
+    (tmp_path / "run" / ACCOUNTS_FILE).write_bytes(kept)
+    run(rounds=3, out=tmp_path / "run", resume=True)
+    (tmp_path / "run" / ACCOUNTS_FILE).write_bytes(kept)
+    with pytest.raises(CheckpointError, match=r"accounts for epsilon \d+\.\d\d, and \d+\.\d\d was reported already"):
+        run(rounds=4, out=tmp_path / "run", resume=True)
 
 
 def test_a_run_that_began_without_protection_is_not_resumed_with_it(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from tests.simulations.audit.audit_cases import shuffled
 class _Favourites(FixedSampling):
     """Asks the first clients more often."""
 
-    def cohort(self, clients: Sequence[int], round_number: int, seed: int) -> list[int]:
+    def hidden_cohort(self, clients: Sequence[int], round_number: int, secret: bytes) -> list[int]:
         weights = 1.0 / (10 + seeded("order").permutation(len(clients)))
-        draws = seeded(seed, "favourites", round_number)
+        draws = seeded(secret.hex(), "favourites", round_number)
         return sorted(draws.choice(len(clients), self.size, replace=False, p=weights / weights.sum()).tolist())
 
 
@@ -26,8 +26,8 @@ class _Favourites(FixedSampling):
 class _Twice(FixedSampling):
     """Asks one client twice."""
 
-    def cohort(self, clients: Sequence[int], round_number: int, seed: int) -> list[int]:
-        return [*super().cohort(clients, round_number, seed)[1:], 0, 0][-self.size :]
+    def hidden_cohort(self, clients: Sequence[int], round_number: int, secret: bytes) -> list[int]:
+        return [*super().hidden_cohort(clients, round_number, secret)[1:], 0, 0][-self.size :]
 
 
 def verdict(sampling: Sampling, observed: Sequence[int] = ()) -> tuple[Verdict, str]:

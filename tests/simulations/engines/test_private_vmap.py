@@ -189,6 +189,18 @@ def test_gradients_are_left_in_factors_where_dense_layers_are_used_once_and_only
     assert trainer._gradients._factored is factored
 
 
+def test_gradients_are_left_in_factors_where_some_are_nothing_to_begin_with() -> None:
+    def silent() -> nn.Module:
+        last = nn.Linear(8, 3)
+        nn.init.zeros_(last.weight)
+        return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), last)
+
+    training = Training(steps=1, batch_size=4)
+    trainer = PrivateVmapTrainer(classification(silent), clients_of(private_of(), training), device="cpu")
+    trainer.train(work_of([labelled(12)] * 2, trainer.initial(), training))
+    assert trainer._gradients._factored
+
+
 EXTREMES = [0.0, 1e-30, 1.0, 1e4, 1e18, 1e38, float("inf"), float("nan")]
 
 
