@@ -19,7 +19,7 @@ from fedml_core.errors import PrivacyError
 from fedml_core.privacy.entropy import NoiseStream
 from fedml_core.privacy.tables import TOTAL_BITS, AliasTable
 
-__all__ = ["CellTable", "exact_table"]
+__all__ = ["CellTable", "exact_table", "left_over"]
 
 _BITS = 16
 _CELLS = 1 << _BITS

@@ -15,7 +15,7 @@ from clients.private_training import PrivateTraining
 from clients.torch_trainer import TorchTrainer
 from fedml_core.bulk import BulkArrival, GatheredArrival
 from fedml_core.data import ClientData, Data, Examples
-from fedml_core.errors import TaskError
+from fedml_core.errors import StrategyError, TaskError
 from fedml_core.messages import Arrived, Assignment, Failure, TrainWork
 from fedml_core.randomness import Key
 from fedml_core.task import Task
@@ -72,10 +72,13 @@ class EngineTrainer:
         key: tuple[Key, ...],
         guide: Guide = _NO_GUIDE,
     ) -> Update:
-        """Return what the engine's training on `data` adds to `parameters`.
+        """Return what the engine's training on `data` adds to `parameters`; by draws of its own, whatever the `key`.
 
-        Raises: TaskError: if the engine's client fails, with its reason.
+        Raises: TaskError: if the engine's client fails, with its reason. StrategyError: for a guide, which is another
+            strategy's than the one that is attacked.
         """
+        if guide.mu or guide.offset is not None:
+            raise StrategyError("an engine is attacked by what it trains without a guide; leave the guide out")
         clients = PrivateClients.of(self._private, training)
         self._reserve(clients.event)
         same = self._asked is not None and self._asked[0] is parameters and self._asked[1] is data

@@ -14,8 +14,9 @@ import torch
 
 from clients.memory import InProcessMemory
 from clients.private_training import PrivateTraining
-from fedml_core.errors import TaskError
+from fedml_core.errors import StrategyError, TaskError
 from fedml_core.privacy.events import canonical
+from fedml_core.transform import Guide
 from fedml_core.update import Update
 from simulations.audit.engine_trainer import EngineTrainer, own_engine
 from simulations.audit.example_audit import audit_examples, site_of
@@ -195,6 +196,8 @@ def test_an_engine_s_failure_is_told() -> None:
     trainer = EngineTrainer(task, private_of(), refuse, Vectorised(), seed=0, device="cpu")
     with pytest.raises(TaskError, match="no account"):
         trainer.train(trainer.initial(), examples(8), TRAINING, round_number=1, key=(1, "x"))
+    with pytest.raises(StrategyError, match="leave the guide out"):
+        trainer.train(trainer.initial(), examples(8), TRAINING, round_number=1, key=(1, "x"), guide=Guide(mu=1.0))
     unable = EngineTrainer(task, private_of(), lambda event: None, Fused(), seed=0, device="cpu")
     found = check_example_noise(dataclasses.replace(site(), make=lambda a_task, reserve: unable))[0]
     assert found.verdict is Verdict.FAIL
