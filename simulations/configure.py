@@ -17,7 +17,7 @@ from server.configure import blaming, plan_from
 from simulations.engines import Engine
 from simulations.faults import Faults
 from simulations.partition import Partitioner
-from simulations.private_clients import require_counted, require_private
+from simulations.private_clients import require_counted
 from simulations.simulate import Simulation
 from simulations.sources import Source
 from simulations.virtual_time import Fleet
@@ -94,7 +94,7 @@ def _private_from(config: RunConfig, engine: Engine) -> PrivateTraining | None:
     from clients.private_training import PrivateTraining  # only who trains privately waits for its imports
 
     with blaming(config.path, "clients.examples"):
-        require_private(engine)
+        engine.require_private()
         return PrivateTraining.of(table)
 
 

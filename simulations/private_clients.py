@@ -16,13 +16,11 @@ if TYPE_CHECKING:
     from clients.private_trainer import PrivateTorchTrainer
     from clients.private_training import PrivateTraining
     from fedml_core.privacy.terms import Terms
-    from simulations.engines.engine import Engine
 
-__all__ = ["EXAMPLES_DIFFER", "PrivateClients", "require_counted", "require_private"]
+__all__ = ["EXAMPLES_DIFFER", "PrivateClients", "require_counted"]
 
 EXAMPLES_DIFFER = "add-or-remove-one"
 """How two data sets differ that DP-SGD with Poisson batches cannot tell apart."""
-_ABLE = "sequential, threaded, vectorised, processes, ray, auto or suited"
 
 
 @dataclass(frozen=True)
@@ -81,18 +79,6 @@ class PrivateClients:
             "clipping": repr(private.clipping),
             "sampling_rate": private.sampling_rate,
         }
-
-
-def require_private(engine: Engine) -> None:
-    """Refuse an engine, or one inside it, that cannot train privately.
-
-    Raises: ConfigError: with those that can.
-    """
-    if not engine.protects_examples:
-        raise ConfigError(f"the {engine.name} engine cannot protect examples; use {_ABLE}")
-    inner = getattr(engine, "inner", None)
-    if inner is not None:
-        require_private(inner)
 
 
 def require_counted(budget: BudgetTable, terms: Terms | None, *, examples: bool) -> None:

@@ -33,7 +33,7 @@ from simulations.faults import Faults
 from simulations.partition import Iid
 from simulations.partition_contract import Partitioner
 from simulations.population import Population, population_of
-from simulations.private_clients import PrivateClients, require_counted, require_private
+from simulations.private_clients import PrivateClients, require_counted
 from simulations.virtual_time import Fleet, VirtualClock, reached, require_same
 from strategies.strategy import Strategy
 
@@ -92,7 +92,7 @@ class Simulation:
         if self.evaluation.clients is not None:
             self.evaluation.clients.require(count)
         if self.private is not None:
-            require_private(self.engine)
+            self.engine.require_private()
         require_counted(self.budget, self.strategy.privacy(), examples=self.private is not None)
 
     @cached_property

@@ -11,6 +11,7 @@ from typing import ClassVar
 from clients.memory import MemoryStore
 from clients.torch_trainer import TorchTrainer
 from fedml_core.accumulate import Accumulator
+from fedml_core.errors import ConfigError
 from fedml_core.message_frames import reply_to_frame
 from fedml_core.messages import Arrival, Arrived, Assignment, Reply, TrainWork
 from fedml_core.named import Named
@@ -20,6 +21,7 @@ from simulations.population import Population
 from simulations.private_clients import PrivateClients
 from strategies.strategy import Strategy
 
+_ABLE = "sequential, threaded, vectorised, processes, ray, auto or suited"
 _log = logging.getLogger(__name__)
 
 
@@ -86,6 +88,17 @@ class Engine(Named, ABC):
     skip_failures: bool = False
     name: ClassVar[str]
     protects_examples: ClassVar[bool] = False
+
+    def require_private(self) -> None:
+        """Refuse to train privately where this engine, or one inside it, cannot.
+
+        Raises: ConfigError: with those that can.
+        """
+        if not self.protects_examples:
+            raise ConfigError(f"the {self.name} engine cannot protect examples; use {_ABLE}")
+        inner = getattr(self, "inner", None)
+        if isinstance(inner, Engine):
+            inner.require_private()
 
     @abstractmethod
     def open(self, stage: Stage) -> Session:
