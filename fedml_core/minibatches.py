@@ -46,7 +46,8 @@ def epoch_orders(purpose: tuple[Key, ...], epoch: int, clients: ArrayLike, count
     sizes = np.asarray(counts, dtype=np.int64)
     words = keyed_words((*purpose, "shuffle", epoch), clients, int(sizes.max(initial=0)))
     words[np.arange(words.shape[1]) >= sizes[:, None]] = np.iinfo(np.uint64).max
-    return torch.from_numpy(np.argsort(words, axis=1, kind="stable"))
+    # Not a stable sort, which takes four times as long: words of 64 random bits are different.
+    return torch.from_numpy(np.argsort(words, axis=1))
 
 
 def training_order(training: Training, key: tuple[Key, ...], count: int, *, skip_single: bool) -> Iterator[Tensor]:

@@ -18,6 +18,9 @@ Loss = Callable[[Any, Tensor], Tensor]
 Metric = Callable[[Any, Tensor], Tensor]
 Averages = Mapping[str, float]
 
+# Numbers in a processor's vector, and examples from which it pays.
+_VECTOR, _MANY = 16, 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -115,6 +118,8 @@ class Task:
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return each example's cross-entropy, averaged over further dimensions (pixels, tokens): shape (batch,)."""
+    if _narrow(outputs) and targets.dim() == 1:
+        return F.cross_entropy(outputs.t().unsqueeze(0), targets.unsqueeze(0), reduction="none").squeeze(0)
     return _per_example(F.cross_entropy(outputs, targets, reduction="none"))
 
 
@@ -147,6 +152,12 @@ def _aligned(outputs: Tensor, targets: Tensor) -> Tensor:
             "a regression gives one number for each target"
         )
     return outputs.reshape(targets.shape)
+
+
+def _narrow(outputs: Tensor) -> bool:
+    """Return whether torch's loop over these examples is four times as fast with the classes first, on a CPU."""
+    fits = outputs.dim() == 2 and outputs.shape[1] < _VECTOR and len(outputs) >= _MANY
+    return fits and outputs.device.type == "cpu"
 
 
 def _per_example(values: Tensor) -> Tensor:

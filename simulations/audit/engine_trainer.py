@@ -22,14 +22,13 @@ from fedml_core.task import Task
 from fedml_core.training import Training
 from fedml_core.transform import Chain, Guide
 from fedml_core.update import Update
-from fedml_core.weighting import Uniform
 from simulations.engines.engine import Engine, Stage
 from simulations.engines.suited import Suited, suitable
 from simulations.engines.vectorised import Vectorised
 from simulations.packing import Packed
 from simulations.private_clients import PrivateClients
 from simulations.simulate import Simulation
-from strategies import FedAvg
+from strategies import FedMedian
 
 __all__ = ["EngineTrainer", "own_engine"]
 
@@ -92,7 +91,7 @@ class EngineTrainer:
     ) -> list[Update]:
         stage = Stage(
             task=self._task,
-            strategy=FedAvg(weighting=Uniform()),
+            strategy=FedMedian(),  # looks at each update by itself, so none is added up unmade
             trainer=self._plain,
             population=_Alike(data),
             memory=InProcessMemory(),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -36,26 +37,11 @@ class BatchWork:
     guide: Guide = field(default_factory=Guide)
 
 
-class BatchTrainer(Protocol):
-    """Trains K clients at once, each exactly as `TorchTrainer.train` would train it alone.
-
-    Guarantees: row k of the result equals the update of client `clients[k]` alone with key (*purpose, clients[k]), to
-    1e-5 relative: values (K, d), weights, sums and facts (K,).
-    """
-
-    def train(self, work: BatchWork) -> Update:
-        """Return the K updates.
-
-        Raises: UnsupportedError: if this trainer cannot do the work; nothing has changed.
-        """
-        ...
-
-
 class Trained(Protocol):
     """K clients that were trained, for as long as their trainer trains no others."""
 
     reports: Update
-    """What they report: weights, sums and facts (K,) as in `BatchTrainer.train`, and values of shape (K, 0)."""
+    """What they report: weights, sums and facts (K,), and values of shape (K, 0)."""
 
     def rows(self) -> Update:
         """Return the K updates."""
@@ -66,17 +52,20 @@ class Trained(Protocol):
         ...
 
 
-@runtime_checkable
-class SumTrainer(Protocol):
-    """A `BatchTrainer` that can add its clients' updates up without ever making them."""
+class BatchTrainer(ABC):
+    """Trains K clients at once, each exactly as `TorchTrainer.train` would train it alone.
 
-    def train(self, work: BatchWork) -> Update:
-        """Return the K updates."""
-        ...
+    Guarantees: row k of the result equals the update of client `clients[k]` alone with key (*purpose, clients[k]), to
+    1e-5 relative: values (K, d), weights, sums and facts (K,).
+    """
 
+    @abstractmethod
     def descend(self, work: BatchWork) -> Trained:
-        """Return the K clients trained.
+        """Return the K clients trained, in the order of `work.clients`.
 
         Raises: UnsupportedError: if this trainer cannot do the work; nothing has changed.
         """
-        ...
+
+    def train(self, work: BatchWork) -> Update:
+        """Return the K updates; raises as `descend`."""
+        return self.descend(work).rows()

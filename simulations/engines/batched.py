@@ -22,14 +22,15 @@ from fedml_core.spans import span
 from fedml_core.transform import Draws, State
 from fedml_core.update import Update
 from fedml_core.weighting import scaled_reports, scales_only
-from simulations.engines.batch_trainer import BatchTrainer, BatchWork, SumTrainer, Trained, UnsupportedError
+from simulations.engines.batch_trainer import BatchTrainer, BatchWork, Trained, UnsupportedError
 from simulations.engines.engine import Engine, Session, Stage, arrival_of
 from simulations.engines.sequential import OneByOne
 from simulations.packing import Packed
 from simulations.prefetch import announce
 
-# Parameters of the clients of one chunk that fit a CPU's caches; a GPU wants as many clients as it can hold.
-_CACHE_BYTES = 4 << 20
+# Parameters of the clients of one chunk that fit a CPU's caches, alone or beside the gradients of single examples; a
+# GPU wants as many clients as it can hold.
+_CACHE_BYTES, _CACHE_BYTES_PRIVATE = 16 << 20, 4 << 20
 _DEVICE_BYTES = 1 << 30
 
 
@@ -117,9 +118,9 @@ class Chunks(Session):
                 waiting = [*chunk, *waiting]
 
     def _adds(self, assignment: Assignment, work: TrainWork) -> bool:
-        """Return whether nobody needs an update by itself, so that a trainer which can may add them up unmade."""
-        able = isinstance(self._trainer, SumTrainer) and not self._stage.faults.nan
-        return able and scales_only(work.pipeline) and self._stage.accumulator(assignment).takes_totals
+        """Return whether nobody needs an update by itself, so that the trainer may add them up unmade."""
+        whole = scales_only(work.pipeline) and not self._stage.faults.nan
+        return whole and self._stage.accumulator(assignment).takes_totals
 
     def _by_size(self, cohort: Sequence[int], most: int) -> Sequence[int]:
         """Return the cohort with clients of like size together, where sizes are known before loading."""
@@ -140,18 +141,15 @@ class Chunks(Session):
         memory = _stacked(memories)
         purpose = (work.seed, "client", assignment.round)
         guide = work.pipeline.guide(work.told, memory)
-        trained: Trained | None = None
         batch = BatchWork(assignment.parameters, packed, work.training, assignment.round, chunk, purpose, guide)
-        if adds and isinstance(self._trainer, SumTrainer):
-            with span("compute"):
-                trained = self._trainer.descend(batch)
-            self._works = True
-            if (gathered := self._gathered(assignment, work, chunk, trained)) is not None:
-                yield gathered
-                return
         with span("compute"):
-            update = self._trainer.train(batch) if trained is None else trained.rows()
+            trained = self._trainer.descend(batch)
         self._works = True
+        if adds and (gathered := self._gathered(assignment, work, chunk, trained)) is not None:
+            yield gathered
+            return
+        with span("compute"):
+            update = trained.rows()
         draws = Draws.each([(*purpose, number, "encode") for number in chunk])
         with span("transforms"):
             encoded, after = work.pipeline.encode(update, work.told, memory, draws)
@@ -238,7 +236,8 @@ class Chunks(Session):
 
 def clients_that_fit(stage: Stage) -> int:
     """Return how many clients' parameters fit where training them at once is fastest, at least 1."""
-    budget = _CACHE_BYTES if stage.trainer.device.type == "cpu" else _DEVICE_BYTES
+    on_cpu = _CACHE_BYTES if stage.private is None else _CACHE_BYTES_PRIVATE
+    budget = on_cpu if stage.trainer.device.type == "cpu" else _DEVICE_BYTES
     return max(1, budget // (4 * stage.trainer.spec.size))
 
 

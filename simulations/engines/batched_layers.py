@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fedml_core.replaced_forward import has_forward_of, replaced_forwards
 from simulations.engines.batch_trainer import UnsupportedError
-from simulations.engines.batched_linear import linear
+from simulations.engines.batched_linear import Linears
 
 __all__ = ["Averages", "vectorised_layers"]
 
@@ -73,7 +73,7 @@ class Averages:
 
 
 @contextmanager
-def vectorised_layers(module: nn.Module) -> Iterator[Averages]:
+def vectorised_layers(module: nn.Module, linears: Linears) -> Iterator[Averages]:
     """Let the layers of `module`, in train mode, be vectorised as long as the context lasts.
 
     Raises: UnsupportedError: for a layer that keeps running statistics in a way of its own.
@@ -88,7 +88,7 @@ def vectorised_layers(module: nn.Module) -> Iterator[Averages]:
         if isinstance(layer, nn.RNNBase) and any(has_forward_of(layer, kind) for kind in _CELLS):
             forwards[layer] = partial(_recurrent, name, layer)
         if isinstance(layer, nn.Linear) and has_forward_of(layer, nn.Linear):
-            forwards[layer] = partial(linear, layer)
+            forwards[layer] = partial(linears.forward, layer)
     with replaced_forwards(forwards):
         yield averages
 

@@ -18,13 +18,14 @@ from fedml_core.evaluation import Evaluator
 from fedml_core.randomness import Key
 from simulations.engines.batch_trainer import UnsupportedError
 from simulations.engines.batched_layers import Averages, vectorised_layers
+from simulations.engines.batched_linear import Linears
 
 __all__ = ["OWN_ERRORS", "BatchedModel", "Layers", "explained"]
 
 OWN_ERRORS = (UnsupportedError, torch.OutOfMemoryError, ConfigError, SpecMismatchError, StrategyError)
 """What the caller must know as it is; any other failure is the work's, and shows again client by client."""
 
-Layers = Callable[[nn.Module], AbstractContextManager[Averages]]
+Layers = Callable[[nn.Module, Linears], AbstractContextManager[Averages]]
 
 _REASONS = {
     "aten::rrelu": "it draws random numbers, and only dropout layers draw what each client would draw alone",
@@ -44,7 +45,7 @@ class BatchedModel:
     """
 
     def __init__(self, bench: Evaluator, layers: Layers = vectorised_layers) -> None:
-        self._layers = layers
+        self._layers, self.linears = layers, Linears()
         self.module, self._spec, self._device = bench.module, bench.spec, bench.device
         for name, tensor in chain(self.module.named_parameters(), self.module.named_buffers()):
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
@@ -68,7 +69,7 @@ class BatchedModel:
             stack.enter_context(self._dropout.drawing(purpose))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_no_slow_path())
-            self._averages = stack.enter_context(self._layers(self.module))
+            self._averages = stack.enter_context(self._layers(self.module, self.linears))
             yield
         now = self._shared()
         changed = [name for name, tensor in self._before.items() if not _is(now.get(name), *tensor)]

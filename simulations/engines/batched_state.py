@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,8 +82,9 @@ class BatchedState:
             tensors = (*spec.parameters, *spec.buffers)
             blocks = [torch.empty((clients, *tensor.shape), device=start.device) for tensor in tensors]
         self.blocks = blocks
-        for block, part in zip(blocks, spec.views(start).values(), strict=True):
-            block[:clients].copy_(part)
+        for block, part in self._from_start():
+            block.copy_(part)
+        self._ended = False
         self._slots: list[list[Tensor]] = []
         self._used: tuple[int, ...] | None = None
         self._active, self._prefix, self._slot_prefix = 0, list[Tensor](), list[list[Tensor]]()
@@ -107,41 +108,52 @@ class BatchedState:
                 block.index_copy_(0, places, part)
 
     @torch.no_grad()
-    def step(self, optimizer: FunctionalOptimizer, steering: Steering, gradients: Gradients, number: int) -> None:
+    def step(
+        self,
+        optimizer: FunctionalOptimizer,
+        steering: Steering,
+        gradients: Gradients,
+        number: int,
+        taken: Collection[int] = (),
+    ) -> None:
         """Take step `number`, from 1, of the clients whose gradients these are.
 
-        Raises: UnsupportedError: if the loss reaches other parameters than at the first step.
+        Args: taken: the places of parameters that have taken it, without a gradient.
+        Raises: UnsupportedError: if the loss reaches other parameters than at the first step, or one that has taken its
+            step by another way too.
         """
         parameters = self._prefix[: self._count]
+        if any(gradients[place] is not None for place in taken):
+            raise UnsupportedError("the loss reaches a linear layer's weights by another way at some steps only")
         if steering.guided:
             gradients = [
                 torch.zeros_like(parameter) if gradient is None else gradient
                 for parameter, gradient in zip(parameters, gradients, strict=True)
             ]
-        used = tuple(place for place, gradient in enumerate(gradients) if gradient is not None)
+        used = tuple(place for place, gradient in enumerate(gradients) if gradient is not None or place in taken)
         if self._used is None:
             self._begin(used, optimizer)
         elif used != self._used:
             raise UnsupportedError(
                 "the loss reaches other parameters at each step, which torch's optimizers tell apart"
             )
-        given = [parameters[place] for place in used]
+        given = [parameters[place] for place in used if place not in taken]
         found = [gradient for gradient in gradients if gradient is not None]
         if steering.guided or steering.max_norm is not None:
             found = steering.apply(used, given, found)
         optimizer.step(given, found, self._slot_prefix, number)
 
-    def moved(self, order: Tensor) -> Tensor:
-        """Return what training added, (K, d), in the clients' own order: row k of a block is client order[k]."""
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        ordered = bool((back[1:] > back[:-1]).all())
-        made = torch.empty((self._clients, self._spec.size), device=self._start.device)
-        views = self._spec.views(made).values()
-        for block, start, view in zip(self.blocks, self._spec.views(self._start).values(), views, strict=True):
-            mine = block[: self._clients]
-            torch.sub(mine if ordered else mine[back], start, out=view)
-        return made
+    def moved(self) -> list[Tensor]:
+        """Return how far each tensor has moved, (K, *shape); no step may follow."""
+        if not self._ended:
+            self._ended = True
+            for block, start in self._from_start():
+                block.sub_(start)
+        return [block for block, _ in self._from_start()]
+
+    def _from_start(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for block, start in zip(self.blocks, self._spec.views(self._start).values(), strict=True):
+            yield block[: self._clients], start
 
     def _begin(self, used: tuple[int, ...], optimizer: FunctionalOptimizer) -> None:
         self._used = used

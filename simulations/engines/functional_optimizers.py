@@ -35,6 +35,11 @@ class FunctionalOptimizer(ABC):
     def slots(self) -> tuple[float, ...]:
         """Return the first value of each slot of memory."""
 
+    @property
+    def keep(self) -> float | None:
+        """Return k where a step makes k x parameters - rate x gradients of the parameters, and None elsewhere."""
+        return None
+
     def step(self, parameters: Tensors, gradients: Tensors, slots: Sequence[Tensors], number: int) -> None:
         """Change `parameters` and `slots` in place; `gradients` are left as they are. `number` counts from 1."""
         if self.maximize:
@@ -57,6 +62,10 @@ class _Descent(FunctionalOptimizer):
     @property
     def slots(self) -> tuple[float, ...]:
         return (0.0,) if self.momentum else ()
+
+    @property
+    def keep(self) -> float | None:
+        return None if self.momentum or self.maximize else 1 - self.rate * self.decay
 
     def _step(self, parameters: Tensors, gradients: Tensors, slots: Sequence[Tensors], number: int) -> None:
         if self.momentum:

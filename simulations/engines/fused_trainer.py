@@ -14,7 +14,7 @@ from torch import Tensor
 from fedml_core.task import Metric, Task
 from fedml_core.training import Training
 from fedml_core.update import Update
-from simulations.engines.batch_trainer import BatchWork, UnsupportedError
+from simulations.engines.batch_trainer import BatchTrainer, BatchWork, UnsupportedError
 from simulations.engines.fused_dual import DualRun
 from simulations.engines.fused_errors import errors_of
 from simulations.engines.fused_network import Bench, Network
@@ -34,7 +34,7 @@ _HOW_ONLY = ("foreach", "fused")
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class FusedTrainer:
+class FusedTrainer(BatchTrainer):
     """A batch trainer of stacks of linear layers under plain SGD, on the CPU.
 
     It takes `nn.Linear`, `nn.Sequential`, or a module whose forward is such a chain: flatten, linear layers, ReLU,
@@ -53,13 +53,9 @@ class FusedTrainer:
         self._metrics, self._classes = dict(task.metrics), task.classes
         self._together, self._workspace = together, Workspace()
 
-    def train(self, work: BatchWork) -> Update:
-        """Return the K updates, each as `TorchTrainer.train` would; see `BatchTrainer`."""
-        return self.descend(work).rows()
-
     @torch.no_grad()
     def descend(self, work: BatchWork) -> FusedTrained:
-        """Train the K clients; see `SumTrainer`."""
+        """Train the K clients; see `BatchTrainer`."""
         most = Threads(torch.get_num_threads())
         with memory_named(), threads(1):
             return self._descend(work, most)

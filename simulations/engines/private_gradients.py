@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from simulations.engines.batch_trainer import UnsupportedError
 from simulations.engines.batched_layers import Averages
+from simulations.engines.batched_linear import Linears
 from simulations.engines.batched_model import BatchedModel
 from simulations.engines.private_dense import DenseLayers, NotDenseError
 from simulations.engines.private_rows import Piece, Places, Whole
@@ -23,7 +24,7 @@ _NOTHING = 1e-9  # norms of products are rounded up, those of no gradient at all
 
 
 @contextmanager
-def layers_of_examples(module: nn.Module) -> Iterator[Averages]:
+def layers_of_examples(module: nn.Module, _: Linears) -> Iterator[Averages]:
     """Leave layers as they are: the faster rules are for one map, and a private model has no layer that needs one."""
     yield Averages(module)
 

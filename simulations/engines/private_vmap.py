@@ -17,11 +17,12 @@ from fedml_core.devices import seeded_torch
 from fedml_core.evaluation import Evaluator
 from fedml_core.randomness import seed_of
 from fedml_core.task import Task
-from fedml_core.update import Update
-from simulations.engines.batch_trainer import BatchWork, UnsupportedError
+from simulations.engines.batch_trainer import BatchTrainer, BatchWork, UnsupportedError
 from simulations.engines.batched_model import OWN_ERRORS, BatchedModel, explained
 from simulations.engines.batched_state import BatchedState, Steering
+from simulations.engines.batched_trained import BatchedTrained
 from simulations.engines.functional_optimizers import functional
+from simulations.engines.memory_errors import memory_named
 from simulations.engines.private_gradients import ExampleGradients, layers_of_examples
 from simulations.engines.private_rows import BatchTable, ClippedSums
 from simulations.engines.private_streams import Streams
@@ -34,7 +35,7 @@ _GRADIENT_BYTES, _GRADIENT_BYTES_GPU = 16 << 20, 1 << 30
 _TRIED = 3  # examples of each client, on which ways of taking gradients are compared
 
 
-class PrivateVmapTrainer:
+class PrivateVmapTrainer(BatchTrainer):
     """A `BatchTrainer` for clients that protect their examples, for any model that `torch.vmap` can run.
 
     Guarantees: row k of the result, its sums and facts included, is differentially private for client k as the event
@@ -66,8 +67,8 @@ class PrivateVmapTrainer:
         """Return the built model as a new float32 vector of shape (d,) on the CPU."""
         return self._bench.initial()
 
-    def train(self, work: BatchWork) -> Update:
-        """Return the K updates, on the CPU, in the order of `work.clients`.
+    def descend(self, work: BatchWork) -> BatchedTrained:
+        """Return the K clients trained, in the order of `work.clients`.
 
         Raises: PrivacyError: if the training is another one than was charged. UnsupportedError: if this trainer cannot
             do the work, or a client's data or the user's code fails, which training one by one explains better.
@@ -79,14 +80,14 @@ class PrivateVmapTrainer:
         seeded = seeded_torch(seed_of(*work.purpose, "train"), self._bench.device)
         try:
             # Masks go by place in a batch: whoever could draw them again would see who is in it.
-            with seeded, self._model.running(hidden_key()):
-                return self._train(work, f"at round {work.round}")
+            with memory_named(), seeded, self._model.running(hidden_key()):
+                return self._descend(work, f"at round {work.round}")
         except OWN_ERRORS:
             raise
         except Exception as error:
             raise explained(error, self._model, "the loss or its gradient") from error
 
-    def _train(self, work: BatchWork, when: str) -> Update:
+    def _descend(self, work: BatchWork, when: str) -> BatchedTrained:
         private, training, count = self._clients.private, work.training, len(work.clients)
         device, spec = self._bench.device, self.spec
         examples = work.packed.examples.to(device)
@@ -94,8 +95,7 @@ class PrivateVmapTrainer:
         self._model.begin()
         named = dict(self._bench.module.named_parameters())
         optimizer = functional(make_optimizer(training, work.round, [named[name] for name in self._names]))
-        order = torch.arange(count, device=device)
-        steering = Steering.of(work.guide, spec, start, order, None)
+        steering = Steering.of(work.guide, spec, start, torch.arange(count, device=device), None)
         state = BatchedState(spec, start, count, self._blocks)
         self._blocks = state.blocks
         streams = Streams(private, count, spec.parameter_count)
@@ -115,19 +115,12 @@ class PrivateVmapTrainer:
                 noised[:, part.offset : part.offset + part.size].view(count, *part.shape) for part in spec.parameters
             ]
             state.step(optimizer, steering, gradients, step + 1)
-        return self._update(state.moved(order).cpu(), work, steps * optimizer.rate)
+        ones = torch.ones(count, dtype=torch.float64)
+        reports = {"examples": ones * (training.batch_size / private.sampling_rate)}
+        facts = {"steps": ones * steps, "step_size": ones * (steps * optimizer.rate)}
+        return BatchedTrained(spec, state, np.arange(count), reports, facts)
 
     def _width(self, clients: int) -> int:
         """Return how many examples of each client are differentiated at once."""
         fits = self._bytes // (4 * self._gradients.numbers * clients)
         return max(1, min(fits, self._clients.private.max_physical_batch))
-
-    def _update(self, values: Tensor, work: BatchWork, step_size: float) -> Update:
-        private, ones = self._clients.private, torch.ones(len(values), dtype=torch.float64)
-        steps = private.steps(work.training)
-        return Update(
-            values,
-            ones,
-            {"examples": ones * (work.training.batch_size / private.sampling_rate)},
-            {"steps": ones * steps, "step_size": ones * step_size},
-        )

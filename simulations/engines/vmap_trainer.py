@@ -6,6 +6,7 @@ is needed for the forward pass only, and losses and metrics that treat examples 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,14 +22,16 @@ from fedml_core.errors import TaskError
 from fedml_core.evaluation import Evaluator
 from fedml_core.randomness import seed_of
 from fedml_core.task import Task
-from fedml_core.update import Update
 from simulations.engines.batch_coupling import Coupling, coupling
 from simulations.engines.batch_plan import Batches, Group, Plan, Step
 from simulations.engines.batch_tally import BatchTally
-from simulations.engines.batch_trainer import BatchWork, UnsupportedError
+from simulations.engines.batch_trainer import BatchTrainer, BatchWork, UnsupportedError
+from simulations.engines.batched_linear import lone_weights
 from simulations.engines.batched_model import OWN_ERRORS, BatchedModel, explained
 from simulations.engines.batched_state import BatchedState, Steering
+from simulations.engines.batched_trained import BatchedTrained
 from simulations.engines.functional_optimizers import FunctionalOptimizer, functional
+from simulations.engines.memory_errors import memory_named
 from simulations.engines.resident import uploaded
 from simulations.engines.step_graphs import Report, StepGraphs
 from simulations.packing import visits
@@ -36,7 +39,7 @@ from simulations.packing import visits
 __all__ = ["VmapTrainer"]
 
 
-class VmapTrainer:
+class VmapTrainer(BatchTrainer):
     """A `BatchTrainer` for any model that `torch.vmap` can run. One trainer serves one thread at a time.
 
     Args: as `clients.torch_trainer.TorchTrainer`.
@@ -48,6 +51,7 @@ class VmapTrainer:
     ) -> None:
         self._bench = Evaluator(task, seed, device=device)
         self._model = BatchedModel(self._bench)
+        self.linears = self._model.linears
         self._optimizer = optimizer
         self._coupling: Coupling | None = None
         self._blocks: list[Tensor] | None = None
@@ -58,8 +62,8 @@ class VmapTrainer:
         """Return the built model as a new float32 vector of shape (d,) on the CPU."""
         return self._bench.initial()
 
-    def train(self, work: BatchWork) -> Update:
-        """Return the K updates, on the CPU, in the order of `work.clients`.
+    def descend(self, work: BatchWork) -> BatchedTrained:
+        """Return the K clients trained, in the order of `work.clients`.
 
         Raises: UnsupportedError: if this trainer cannot do the work, naming the layer or setting, or if a client's data
             or the user's code fails, which training one by one explains better; ConfigError, SpecMismatchError: as
@@ -67,16 +71,27 @@ class VmapTrainer:
         """
         if work.training.precision != "float32":
             raise UnsupportedError(f"precision {work.training.precision} is not for clients side by side; use float32")
+        try:
+            return self._explained(work)
+        except UnsupportedError:
+            if not self.linears.lone:
+                raise
+            # It may be a model that uses its weights in other ways by now than when they were found to be alone.
+            self.linears.lone = []
+            return self._explained(work)
+
+    def _explained(self, work: BatchWork) -> BatchedTrained:
         device = self._bench.device
         try:
-            with seeded_torch(seed_of(*work.purpose, "train"), device), self._model.running(work.purpose):
-                return self._train(work, f"at round {work.round}")
+            seeded = seeded_torch(seed_of(*work.purpose, "train"), device)
+            with memory_named(), seeded, self._model.running(work.purpose):
+                return self._descend(work, f"at round {work.round}")
         except OWN_ERRORS:
             raise
         except Exception as error:
             raise explained(error, self._model, "the loss, a metric or the backward pass") from error
 
-    def _train(self, work: BatchWork, when: str) -> Update:
+    def _descend(self, work: BatchWork, when: str) -> BatchedTrained:
         examples, device = uploaded(work.packed.examples, self._bench.device), self._bench.device
         start = self._bench.load(work.parameters, when)
         named = dict(self._bench.module.named_parameters())
@@ -100,7 +115,9 @@ class VmapTrainer:
         take = run.take if self.graphs is None else partial(self.graphs.take, run)
         for step, batches in plan.batches(examples):
             take(step, batches, optimizer, steering)
-        return _update(state.moved(order).cpu(), plan, tally, optimizer.rate)
+        steps = plan.steps_taken.double()
+        sums = {"examples": plan.totals, **tally.sums()}
+        return BatchedTrained(self.spec, state, plan.order, sums, {"steps": steps, "step_size": steps * optimizer.rate})
 
     def _coupled(self, work: BatchWork, examples: Examples, when: str) -> Coupling:
         if self._coupling is not None:
@@ -137,8 +154,13 @@ class _Run:
         """Take one step of all clients that still train."""
         self._model.begin_step(step.number)
         tensors = self.state.tensors(step.active)
+        taken: Sequence[int] = ()
         if len(step.groups) == 1:
-            gradients: list[Tensor | None] = list(self._gradients(step, step.groups[0], tensors, batches))
+            steered = steering.guided or steering.max_norm is not None
+            keep = None if steered else optimizer.keep
+            taken = () if keep is None else self._model.linears.lone or ()
+            with self._model.linears.descending([tensors[place] for place in taken], optimizer.rate, keep or 0.0):
+                gradients = list(self._gradients(step, step.groups[0], tensors, batches))
         else:
             gradients = [None] * self._model.parameters
             for group in step.groups:
@@ -151,7 +173,7 @@ class _Run:
                         if whole is None:
                             whole = gradients[place] = torch.zeros_like(tensors[place])
                         whole[group.places] = gradient
-        self.state.step(optimizer, steering, gradients, step.number + 1)
+        self.state.step(optimizer, steering, gradients, step.number + 1, taken)
 
     def _gradients(
         self, step: Step, group: Group, tensors: list[Tensor], batches: Batches
@@ -170,7 +192,10 @@ class _Run:
             shares = torch.ones_like(losses)
             if self.plan.weighted:
                 raise TaskError("a scalar loss cannot weigh its examples")
-        gradients = torch.autograd.grad(losses, tensors[: self._model.parameters], shares, allow_unused=True)
+        parameters = tensors[: self._model.parameters]
+        if self._model.linears.lone is None:
+            self._model.linears.lone = lone_weights(losses, parameters)
+        gradients = torch.autograd.grad(losses, parameters, shares, allow_unused=True)
         with torch.no_grad():
             self.tally.add("loss", step, places, losses.detach(), count)
             for name, metric in self._metrics.items():
@@ -194,13 +219,3 @@ class _Run:
         if values.shape not in (targets.shape[:1], targets.shape[:2]):
             raise TaskError(f"{what} must return one value an example, or one")
         return values  # type: ignore[no-any-return]  # vmap forgets the type
-
-
-def _update(values: Tensor, plan: Plan, tally: BatchTally, rate: float) -> Update:
-    back = torch.empty(len(plan.order), dtype=torch.int64)
-    back[torch.from_numpy(plan.order)] = torch.arange(len(plan.order))
-    steps = plan.steps_taken.double()
-    facts = {"steps": steps[back], "step_size": (steps * rate)[back]}
-    sums = {"examples": plan.totals, **tally.sums()}
-    ones = torch.ones(len(values), dtype=torch.float64)
-    return Update(values, ones, {name: column[back] for name, column in sums.items()}, facts)

@@ -105,6 +105,24 @@ def test_regression_reports_the_root_of_the_mean_square() -> None:
 # Losses.
 
 
+@pytest.mark.parametrize("classes", [1, 2, 10, 15, 16, 40])
+@pytest.mark.parametrize("count", [255, 256, 3000])
+def test_cross_entropy_of_many_examples_and_few_classes_is_torchs(count: int, classes: int) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    logits = (30 * torch.randn(count, classes, generator=generator)).requires_grad_()
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    weights = torch.rand(count, generator=generator)
+    losses, expected = cross_entropy(logits, labels), F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+    found, wanted = (torch.autograd.grad(each, logits, weights)[0] for each in (losses, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_cross_entropy_takes_probabilities_of_many_examples() -> None:
+    logits, labels = torch.randn(300, 4), torch.softmax(torch.randn(300, 4), dim=1)
+    assert torch.equal(cross_entropy(logits, labels), F.cross_entropy(logits, labels, reduction="none"))
+
+
 def test_cross_entropy_is_torchs_and_averages_over_pixels() -> None:
     logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
     expected = -logits.double().log_softmax(1)[range(4), labels]

@@ -17,14 +17,13 @@ from clients.private_training import PrivateTraining
 from fedml_core.errors import StrategyError, TaskError
 from fedml_core.privacy.events import canonical
 from fedml_core.transform import Guide
-from fedml_core.update import Update
 from simulations.audit.engine_trainer import EngineTrainer, own_engine
 from simulations.audit.example_audit import audit_examples, site_of
 from simulations.audit.example_mechanism import check_batches, check_example_clipping, check_example_noise
 from simulations.audit.example_site import ExampleSite, Make
 from simulations.audit.findings import Finding, Verdict, overall
 from simulations.engines.auto import Auto
-from simulations.engines.batch_trainer import BatchTrainer, BatchWork
+from simulations.engines.batch_trainer import BatchTrainer, BatchWork, Trained
 from simulations.engines.engine import Engine, Stage
 from simulations.engines.fused import Fused
 from simulations.engines.sequential import Sequential
@@ -35,6 +34,7 @@ from simulations.packing import Packed
 from simulations.private_clients import PrivateClients
 from tests.simulations.audit.audit_cases import examples, federation, plain, same_noise, task
 from tests.simulations.audit.example_cases import TRAINING, private_of, site
+from tests.simulations.engines.engine_cases import TrainedRows
 
 __all__ = ["same_noise"]
 
@@ -98,32 +98,29 @@ class _TwiceTheRate(_Other):
 
 
 @dataclass
-class _Wrapped:
+class _Wrapped(BatchTrainer):
     inner: BatchTrainer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
 
 class _OneForAll(_Wrapped):
     """Draws one client's noise and gives it to all."""
 
-    def train(self, work: BatchWork) -> Update:
+    def descend(self, work: BatchWork) -> Trained:
         update = self.inner.train(work)
-        return update.replace(values=update.values[:1].expand_as(update.values).clone())
+        return TrainedRows(update.replace(values=update.values[:1].expand_as(update.values).clone()))
 
 
 class _FirstQuarter(_Wrapped):
     """Takes batches of one size."""
 
-    def train(self, work: BatchWork) -> Update:
+    def descend(self, work: BatchWork) -> Trained:
         offsets, data = work.packed.offsets, work.packed.examples
         rows = [
             np.random.default_rng(work.round).permutation(np.arange(low, high))[: (high - low) // 4]
             for low, high in itertools.pairwise(offsets)
         ]
         part = Packed.of([data.take(torch.from_numpy(row)) for row in rows])
-        return self.inner.train(dataclasses.replace(work, packed=part))
+        return self.inner.descend(dataclasses.replace(work, packed=part))
 
 
 class _SharedNoise(_Other):

@@ -10,11 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedml_core import ClientData, Examples, Task, Training
+from fedml_core.update import Update
 from server import EvaluationPlan, EveryClient, History
 from simulations import Faults, QuantitySkew
+
+
+class TrainedRows:
+    """Clients of whom somebody else made the updates; see `Trained`."""
+
+    def __init__(self, update: Update) -> None:
+        self._update = update
+        self.reports = update.replace(values=update.values[:, :0])
+
+    def rows(self) -> Update:
+        return self._update
+
+    def total(self, factors: Tensor) -> Tensor:
+        return factors.float() @ self._update.values
 
 
 def points(count: int, seed: int, features: int = 3) -> Examples:

@@ -17,21 +17,21 @@ from fedml_core import ClientData, Examples, Guide, Task, Update
 from fedml_core.compression import StochasticQuantize
 from fedml_core.errors import ConfigError, TaskError
 from simulations import Faults, Iid, simulate
-from simulations.engines.batch_trainer import BatchTrainer, BatchWork, UnsupportedError
+from simulations.engines.batch_trainer import BatchTrainer, BatchWork, Trained, UnsupportedError
 from simulations.engines.batched import Batched
 from simulations.engines.engine import Stage
 from strategies import Compressed, FedAdam, FedAvg, FedMedian, FedProx, Scaffold, Strategy
 from tests.simulations.engines import engine_cases
-from tests.simulations.engines.engine_cases import NO_DISK, points, same, without_a_disk
+from tests.simulations.engines.engine_cases import NO_DISK, TrainedRows, points, same, without_a_disk
 
 
-class Loop:
+class Loop(BatchTrainer):
     """Trains K clients one after the other; `before` sees each work first, and may refuse it."""
 
     def __init__(self, trainer: TorchTrainer, before: Callable[[BatchWork], None]) -> None:
         self._trainer, self._before = trainer, before
 
-    def train(self, work: BatchWork) -> Update:
+    def descend(self, work: BatchWork) -> Trained:
         self._before(work)
         rows = []
         for place, client in enumerate(work.clients):
@@ -48,11 +48,13 @@ class Loop:
                     guide=guide,
                 )
             )
-        return Update(
-            torch.stack([row.values for row in rows]),
-            torch.stack([row.weight for row in rows]),
-            {name: torch.stack([row.sums[name] for row in rows]) for name in rows[0].sums},
-            {name: torch.stack([row.facts[name] for row in rows]) for name in rows[0].facts},
+        return TrainedRows(
+            Update(
+                torch.stack([row.values for row in rows]),
+                torch.stack([row.weight for row in rows]),
+                {name: torch.stack([row.sums[name] for row in rows]) for name in rows[0].sums},
+                {name: torch.stack([row.facts[name] for row in rows]) for name in rows[0].facts},
+            )
         )
 
 

@@ -133,7 +133,7 @@ def test_a_client_whose_data_cannot_be_loaded_is_skipped_by_every_engine(engine:
 def test_when_too_many_clients_at_once_do_not_fit_auto_goes_on_with_fewer(
     sampled: int, monkeypatch: pytest.MonkeyPatch, told: Callable[[], list[str]], cache: Path
 ) -> None:
-    real, sizes = VmapTrainer.train, list[int]()
+    real, sizes = VmapTrainer.descend, list[int]()
 
     def hold_at_most_three(self: VmapTrainer, work: BatchWork) -> Any:
         sizes.append(len(work.clients))
@@ -146,7 +146,7 @@ def test_when_too_many_clients_at_once_do_not_fit_auto_goes_on_with_fewer(
 
     settings: dict[str, Any] = {"rounds": 30, "sampling": FixedSampling(sampled)}
     expected = run(Sequential(), softplus, **settings)
-    monkeypatch.setattr(VmapTrainer, "train", hold_at_most_three)
+    monkeypatch.setattr(VmapTrainer, "descend", hold_at_most_three)
     assert_same(expected, run(Auto(workers=1), softplus, **settings))
     assert sizes[0] == sampled and 3 in sizes
     (line,) = told()
@@ -158,7 +158,7 @@ def test_when_too_many_clients_at_once_do_not_fit_auto_goes_on_with_fewer(
 def test_when_nothing_fits_at_once_the_user_is_told_how_many_do(
     monkeypatch: pytest.MonkeyPatch, told: Callable[[], list[str]]
 ) -> None:
-    real = VmapTrainer.train
+    real = VmapTrainer.descend
 
     def hold_at_most_two(self: VmapTrainer, work: BatchWork) -> Any:
         if len(work.clients) > 2:
@@ -166,7 +166,7 @@ def test_when_nothing_fits_at_once_the_user_is_told_how_many_do(
         return real(self, work)
 
     expected = run(Sequential())
-    monkeypatch.setattr(VmapTrainer, "train", hold_at_most_two)
+    monkeypatch.setattr(VmapTrainer, "descend", hold_at_most_two)
     assert_same(expected, run(Vectorised(clients_at_once=9)))
     assert told() == [
         "out of memory with 9 clients at once; going on with 4",

@@ -297,4 +297,4 @@ def test_as_many_clients_at_once_as_a_cache_holds_examples_of() -> None:
 
     assert fitting(60) == (24 << 20) // (4 * 784 * 60)
     # Large clients: as many as have room for their parameters.
-    assert fitting(100_000) == (4 << 20) // (4 * trainer.spec.size)
+    assert fitting(100_000) == (16 << 20) // (4 * trainer.spec.size)

@@ -118,7 +118,7 @@ def test_every_engine_around_them_goes_on_too(
     engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = run(Sequential(), Faults())
-    hold_at_most(VmapTrainer, "train", 2, torch_says, monkeypatch)
+    hold_at_most(VmapTrainer, "_descend", 2, torch_says, monkeypatch)
     hold_at_most(FusedTrainer, "_descend", 2, torch_says, monkeypatch)
     with caplog.at_level(logging.WARNING):
         found = run(engine, Faults())
