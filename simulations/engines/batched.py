@@ -22,6 +22,7 @@ from fedml_core.spans import span
 from fedml_core.transform import Draws, State
 from fedml_core.update import Update
 from fedml_core.weighting import scaled_reports, scales_only
+from simulations.engines.ahead import Ahead, pays_ahead
 from simulations.engines.batch_trainer import BatchTrainer, BatchWork, Trained, UnsupportedError
 from simulations.engines.engine import Engine, Session, Stage, arrival_of
 from simulations.engines.sequential import OneByOne
@@ -76,6 +77,7 @@ class Chunks(Session):
         self._at_once = engine.clients_at_once or clients_that_fit(stage)
         self._most_added: int | None = engine.clients_at_once
         self._works, self._told = False, set[str]()
+        self._ahead = Ahead(self._pack, stage.trainer.device) if pays_ahead(stage) else None
         self._trainer: BatchTrainer | None = None
         try:
             self._trainer = engine.trainer(stage)
@@ -101,7 +103,7 @@ class Chunks(Session):
         while waiting:
             chunk, waiting = waiting[:most], waiting[most:]
             try:
-                yield from self._chunk(assignment, work, chunk, adds=adds)
+                yield from self._chunk(assignment, work, chunk, waiting[:most], adds=adds)
             except UnsupportedError as error:
                 self._refuse(error)
                 if self._trainer is None:
@@ -116,6 +118,13 @@ class Chunks(Session):
                 self._at_once, self._most_added = min(most, self._at_once), most
                 self._stage.tell(f"out of memory with {len(chunk)} clients at once; going on with {most}")
                 waiting = [*chunk, *waiting]
+                if self._ahead is not None:
+                    self._ahead.forget()
+
+    def close(self) -> None:
+        """Let go of what was packed ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     def _adds(self, assignment: Assignment, work: TrainWork) -> bool:
         """Return whether nobody needs an update by itself, so that the trainer may add them up unmade."""
@@ -129,9 +138,11 @@ class Chunks(Session):
             return cohort
         return [cohort[place] for place in np.argsort(-counts, kind="stable")]
 
-    def _chunk(self, assignment: Assignment, work: TrainWork, chunk: Sequence[int], *, adds: bool) -> Iterator[Arrived]:
+    def _chunk(
+        self, assignment: Assignment, work: TrainWork, chunk: Sequence[int], following: Sequence[int], *, adds: bool
+    ) -> Iterator[Arrived]:
         with span("data"):
-            packed = self._pack(chunk)
+            packed = self._pack(chunk) if self._ahead is None else self._ahead.take(chunk, following)
         if packed is None:
             # A faulty client is named, or skipped, by doing these one by one.
             yield from self._single.run(assignment, chunk)

@@ -68,6 +68,10 @@ class Linears:
         This is what torch does with an `autograd.Function` that has a rule for maps, at two fifths of its cost, which
         for small models is most of what a layer costs.
         """
+        if torch.is_autocast_enabled(kind := values.device.type):
+            # As autocast does it: gradients go back through the casts, and none is taken of what is kept in float32.
+            low = torch.get_autocast_dtype(kind)
+            values, weight, bias = values.to(low), weight.to(low), None if bias is None else bias.to(low)
         innermost = peek_interpreter_stack()
         if innermost is None or innermost.key() != TransformType.Vmap:
             return F.linear(values, weight, bias)

@@ -7,6 +7,7 @@ is needed for the forward pass only, and losses and metrics that treat examples 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_map
 from clients.optimizers import OptimizerFactory, make_optimizer
 from clients.torch_trainer import has_batch_norm
 from fedml_core.data import Examples
-from fedml_core.devices import seeded_torch
+from fedml_core.devices import precision_context, seeded_torch
 from fedml_core.errors import TaskError
 from fedml_core.evaluation import Evaluator
 from fedml_core.randomness import seed_of
@@ -69,8 +70,10 @@ class VmapTrainer(BatchTrainer):
             or the user's code fails, which training one by one explains better; ConfigError, SpecMismatchError: as
             `TorchTrainer.train`; StrategyError: for a guide of another shape.
         """
-        if work.training.precision != "float32":
-            raise UnsupportedError(f"precision {work.training.precision} is not for clients side by side; use float32")
+        if work.training.precision == "float16":
+            raise UnsupportedError(
+                "precision float16 scales each client's losses in its own way; use bfloat16 or float32"
+            )
         try:
             return self._explained(work)
         except UnsupportedError:
@@ -111,7 +114,8 @@ class VmapTrainer(BatchTrainer):
         self._blocks = state.blocks
         tally = BatchTally(plan)
         streams = torch.as_tensor(work.clients, dtype=torch.int64).to(device)[order]
-        run = _Run(self._model, self._bench.task, plan, state, tally, streams, coupled)
+        precision = precision_context(work.training.precision, device)
+        run = _Run(self._model, self._bench.task, plan, state, tally, streams, coupled, precision)
         take = run.take if self.graphs is None else partial(self.graphs.take, run)
         for step, batches in plan.batches(examples):
             take(step, batches, optimizer, steering)
@@ -141,14 +145,15 @@ class _Run:
         tally: Report,
         streams: Tensor,
         coupled: Coupling,
+        precision: AbstractContextManager[object],
     ) -> None:
         self._model, self.plan, self.state, self.tally, self.streams = model, plan, state, tally, streams
         self._task, self._loss, self._metrics = task, task.loss, dict(task.metrics)
-        self._coupled, self._together = coupled, not coupled.loss
+        self._coupled, self._together, self._precision = coupled, not coupled.loss, precision
 
     def elsewhere(self, plan: Plan, tally: Report, streams: Tensor) -> _Run:
         """Return steps on the same weights with other memory for what they read and report."""
-        return _Run(self._model, self._task, plan, self.state, tally, streams, self._coupled)
+        return _Run(self._model, self._task, plan, self.state, tally, streams, self._coupled, self._precision)
 
     def take(self, step: Step, batches: Batches, optimizer: FunctionalOptimizer, steering: Steering) -> None:
         """Take one step of all clients that still train."""
@@ -185,9 +190,10 @@ class _Run:
         inputs = [column[places, :count] for column in batches.inputs]
         targets = batches.targets[places, :count]
         shares = self.plan.shares[rows][places, :count]
-        outputs = self._model(tensors, inputs, self.streams[: step.active][places])
         call = self._call_together if self._together else self._call_apart
-        losses = call(self._loss, outputs, targets, "the task's loss")
+        with self._precision:
+            outputs = self._model(tensors, inputs, self.streams[: step.active][places])
+            losses = call(self._loss, outputs, targets, "the task's loss").float()
         if losses.dim() == 1:
             shares = torch.ones_like(losses)
             if self.plan.weighted:

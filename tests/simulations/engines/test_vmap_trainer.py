@@ -18,7 +18,18 @@ from fedml_core.training import Training
 from fedml_core.transform import Guide
 from simulations.engines.batch_trainer import UnsupportedError
 from simulations.engines.vmap_trainer import VmapTrainer
-from tests.simulations.engines.vmap_cases import IMAGE, MODELS, SIZES, TOKENS, VECTOR, Reader, check, cohort, work_of
+from tests.simulations.engines.vmap_cases import (
+    IMAGE,
+    MODELS,
+    SIZES,
+    TOKENS,
+    VECTOR,
+    Reader,
+    alone,
+    check,
+    cohort,
+    work_of,
+)
 
 PERCEPTRON = MODELS["perceptron"][0]
 TRAINING = Training(epochs=2, batch_size=4, learning_rate=0.1)
@@ -83,6 +94,20 @@ def test_guides_and_clipping_steer_each_client(name: str, each: bool) -> None:
     training = Training(batch_size=4, learning_rate=0.1, max_gradient_norm=0.5)
     check(task, parts, training, guide=Guide(0.3, offset))
     check(task, parts, training)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_at_bfloat16_clients_are_as_near_to_float32_as_each_alone(name: str) -> None:
+    task, parts = classification(name), cohort(MODELS[name][1], SIZES)
+    trainer, low = VmapTrainer(task, device="cpu"), TRAINING.model_copy(update={"precision": "bfloat16"})
+    clients = list(range(len(SIZES)))
+    works = [work_of(parts, trainer.initial(), each, clients, None) for each in (TRAINING, low)]
+    exact, (together, apart) = alone(task, works[0], parts), (trainer.train(works[1]), alone(task, works[1], parts))
+    for place, (update, one) in enumerate(zip(exact, apart, strict=True)):
+        size = update.values.norm()
+        off, off_alone = (update.values - together.values[place]).norm(), (update.values - one.values).norm()
+        assert 1e-5 * size < off <= 2 * off_alone + 0.02 * size
+        assert together.sums["loss"][place] == pytest.approx(float(one.sums["loss"]), rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["perceptron", "batch-norm", "cnn-dropout"])
@@ -268,7 +293,10 @@ def test_other_running_statistics_are_refused() -> None:
     [
         ({"optimizer": "lbfgs"}, "optimizer LBFGS cannot train clients side by side; SGD, Adam"),
         ({"optimizer": "rprop"}, "optimizer Rprop cannot train clients side by side"),
-        ({"precision": "bfloat16"}, "precision bfloat16 is not for clients side by side; use float32"),
+        (
+            {"precision": "float16"},
+            "precision float16 scales each client's losses in its own way; use bfloat16 or float32",
+        ),
     ],
 )
 def test_other_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
