@@ -10,14 +10,15 @@ import resource
 import statistics
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Peak", "Rounds", "machine", "print_line", "since_start"]
+__all__ = ["Peak", "Rounds", "machine", "print_line", "print_properties", "since_start"]
 
 _PROC = Path("/proc")
 _LOOK_S = 0.2
@@ -108,6 +109,16 @@ def machine() -> dict[str, Any]:
 def print_line(row: dict[str, Any]) -> None:
     """Print one JSON line."""
     print(json.dumps(row), flush=True)
+
+
+def print_properties(asked: Mapping[str, Any], runs: Mapping[str, Callable[[], object]]) -> None:
+    """Run each check and print one JSON line: what was asked, what each came to, and its seconds of processor time."""
+    found: dict[str, Any] = {}
+    for name, run in runs.items():
+        started = time.process_time()
+        found[name] = run()
+        found[f"{name}_cpu_s"] = round(time.process_time() - started, 1)
+    print_line({**asked, **found, **machine()})
 
 
 def _tree(root: int) -> list[int]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.measuring import machine, print_line
+from benchmarks.measuring import print_properties
 from fedml_core.accumulate import PlainSum
 from fedml_core.errors import SecureAggregationError
 from fedml_core.model import ModelSpec
@@ -151,11 +150,7 @@ def main() -> None:
         "a9_wraps": lambda: wraps(asked.clients, asked.rounds),
         "a9_kept_by_clip": adaptive,
     }
-    for name, run in runs.items():
-        started = time.process_time()
-        line[name] = run()
-        line[f"{name}_cpu_s"] = round(time.process_time() - started, 1)
-    print_line({**line, **machine()})
+    print_properties(line, runs)
 
 
 if __name__ == "__main__":

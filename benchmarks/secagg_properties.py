@@ -15,7 +15,6 @@ import argparse
 import itertools
 import random
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chi2
 
-from benchmarks.measuring import machine, print_line
+from benchmarks.measuring import print_properties
 from fedml_core.secagg.encoding import RingEncoding
 from fedml_core.secagg.masks import add_masks
 from tests.adversary.players import World
@@ -186,11 +185,7 @@ def main() -> None:
         "a6_worst_bit": lambda: round(key_bits(asked.members, asked.keys), 5),
         "a7_error_over_bound": lambda: round(overflow(asked.members, asked.parameters), 4),
     }
-    for name, run in runs.items():
-        started = time.process_time()
-        line[name] = run()
-        line[f"{name}_cpu_s"] = round(time.process_time() - started, 1)
-    print_line({**line, **machine()})
+    print_properties(line, runs)
 
 
 if __name__ == "__main__":

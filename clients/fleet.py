@@ -3,7 +3,7 @@
 Flower's own connection calls `exit` when a server refuses it, sends SIGINT to its own process when a session is over,
 fetches code, follows redirects, and reports exceptions in full. Here a server that is away or refuses is asked again,
 a frame goes to one function of the site's own, and of an exception only the name of its class leaves. With
-`server/fleet.py` this is the only file that uses Flower's private names.
+`server/fleet.py` and `server/fleet_superlink.py` this is one of three files that use Flower's private names.
 """
 
 from __future__ import annotations

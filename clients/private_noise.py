@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedml_core.privacy.discrete import DiscreteGaussian
 from fedml_core.privacy.entropy import NoiseStream
 from fedml_core.privacy.lattice import Lattice
 from fedml_core.randomness import Key
@@ -26,9 +25,7 @@ from fedml_core.randomness import Key
 __all__ = ["CoarseGrid", "GradientNoise", "hidden_key", "noised_count", "poisson_rows"]
 
 _WORDS = 1 << 64
-_STEPS = 600.0 * math.sqrt(1.0 + 2.0**16)
-"""Steps to one standard deviation: two levels of the sampler's finest table."""
-_MOST_MOVED, _SUM_EXCESS = 0.005, 2.0**-20
+_MOST_MOVED = 0.005
 _CHUNK = 1 << 16  # coordinates: with more, numbers leave a core's cache; with fewer, calls cost more than they save
 _EXACT = 2.0**51  # whole numbers below it, and with noise on them, are float64 without rounding
 
@@ -147,19 +144,15 @@ class CoarseGrid(Lattice):
     The excess that `Lattice` adds to its noise pays for the rounding here, too.
     """
 
+    steps: ClassVar[float] = 600.0 * math.sqrt(1.0 + 2.0**16)
+    """Steps to one standard deviation: two levels of the sampler's finest table."""
+
     @classmethod
     def of(cls, noise_multiplier: float, bound: float, size: int) -> Lattice:
-        """Return the grid; a fine one for many parameters."""
-        moved = noise_multiplier * math.sqrt(size) / _STEPS
-        if moved > _MOST_MOVED:
+        """Return the grid; a fine one for many parameters.
+
+        Raises: PrivacyError: if they are too many for that one, too.
+        """
+        if noise_multiplier * math.sqrt(size) / cls.steps > _MOST_MOVED:
             return Lattice.of(noise_multiplier, bound, size)
-        return cls(noise_multiplier * bound * (1 + _SUM_EXCESS) / (1 - moved) / _STEPS)
-
-    @property
-    def sigma(self) -> float:
-        """The standard deviation of the noise, in units of the gradients."""
-        return self.step * _STEPS
-
-    def noise(self, stream: NoiseStream, count: int) -> NDArray[np.int64]:
-        """Return `count` independent draws, in steps."""
-        return DiscreteGaussian(_STEPS).draw(stream, count)
+        return super().of(noise_multiplier, bound, size)

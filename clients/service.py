@@ -17,6 +17,7 @@ from clients.gate import Gate
 from clients.memory import FileMemory
 from clients.redaction import only_ours, redacted
 from clients.site_account import account_text, finite_claim
+from clients.site_tally import SiteTally
 from clients.standing import Standing
 from clients.torch_trainer import TorchTrainer
 from fedml_core.config import SiteConfig
@@ -91,10 +92,7 @@ class SiteService:
         self._read = guarded(task.site_data, "the task's site_data", f"for {config.path}")
         self._data: ClientData | None = None
         self._run: _Run | None = None
-        self._counts = {"trained": 0, "evaluated": 0, "failed": 0}
-        self._bytes = {"bytes_up": 0, "bytes_down": 0}
-        self._metrics: dict[str, Mapping[str, float]] = {}
-        self._seconds = 0.0
+        self._tally = SiteTally()
         self._goodbye = ""
         self._end: FedveilError | None = None
         self._kept_out = ""
@@ -103,7 +101,7 @@ class SiteService:
     def facts(self) -> Mapping[str, Any]:
         """Return what this site has done so far."""
         run = None if self._run is None else self._run.hello.run
-        return {"client": self._config.id, "name": self._config.name, "run": run, **self._counts}
+        return {"client": self._config.id, "name": self._config.name, "run": run, **self._tally.counts}
 
     @property
     def summary(self) -> Mapping[str, Any]:
@@ -114,14 +112,11 @@ class SiteService:
         """
         claim = self._claim()
         return {
-            "rounds": self._counts["trained"],
+            **self._tally.summary,
             "clients": 1,
-            "metrics": self._metrics,
             "protection": self._gate.protection,
             "epsilon": None if claim is None else claim.epsilon,
             "privacy": None if claim is None else claim.to_json(),
-            "seconds": round(self._seconds, 3),
-            **self._bytes,
             "engine": "fleet",
             "out": None,
         }
@@ -156,13 +151,12 @@ class SiteService:
         """
         try:
             answer = self._work(frame) if frame.kind in _WORK else self._converse(frame)
-            self._bytes["bytes_down"] += frame.size_bytes
-            self._bytes["bytes_up"] += answer.size_bytes
+            self._tally.carried(frame.size_bytes, answer.size_bytes)
             return answer
         except NotGreetedError:
             raise
         except Exception as error:
-            self._counts["failed"] += 1
+            self._tally.failed()
             self._tell(error, f"a frame could not be answered: {type(error).__name__}: {error}")
             raise
 
@@ -251,7 +245,7 @@ class SiteService:
         """Return the reply to an assignment that names what is not installed here, or is none at all."""
         tree = from_frame(frame)
         number = int(tree["round"])
-        self._counts["failed"] += 1
+        self._tally.failed()
         self._tell(error, f"round {number}: the assignment cannot be used: {error}")
         reason = str(error) if isinstance(error, FedveilError) and only_ours(error) else type(error).__name__
         body = Failure("assignment", f"this site cannot use the assignment: {reason}")
@@ -261,27 +255,21 @@ class SiteService:
         """Say in one line what was done, and count it."""
         body, where = reply.body, f"round {assignment.round}"
         if isinstance(body, Failure | Refusal):
-            self._counts["failed"] += 1
+            self._tally.failed()
             if told:
                 cause = told[-1].__cause__
                 why = f" ({cause})" if isinstance(cause, FedveilError) else ""
                 self._tell(told[-1], f"{where}: {body.rule}: {told[-1]}{why}")
             return
         if isinstance(body, SecureAnswer):
-            self._seconds += seconds
-            if body.vector is not None and not _PARTS_OF_AN_UPDATE.isdisjoint(body.parts):
-                self._counts["trained"] += 1
+            trained = body.vector is not None and not _PARTS_OF_AN_UPDATE.isdisjoint(body.parts)
+            self._tally.worked(seconds, trained=trained)
+            if trained:
                 self._say(f"{where}: trained and sent a masked update in {seconds:.1f} s")
             return
-        sums = {name: float(value) for name, value in body.sums.items()}
         done = "trained" if isinstance(body, Update) else "evaluated"
-        self._counts[done] += 1
-        self._seconds += seconds
-        examples = sums.pop("examples", 0.0)
-        means = {name: value / examples for name, value in sums.items()} if examples > 0 else {}
-        self._metrics["train" if isinstance(body, Update) else "clients"] = {"examples": examples, **means}
-        shown = "".join(f", {name} {value:.4f}" for name, value in means.items())
-        self._say(f"{where}: {done} on {examples:g} examples in {seconds:.1f} s{shown}")
+        sums = {name: float(value) for name, value in body.sums.items()}
+        self._say(f"{where}: {self._tally.measured(done, sums, seconds)}")
 
     def _load(self) -> ClientData:
         if self._data is None:

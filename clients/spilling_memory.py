@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
 import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from clients.memory import SPILLED, STORE_NAME, Remembered, memory_from_tree, memory_to_tree
 from fedml_core.checks import require_whole
+from fedml_core.databases import blaming
 from fedml_core.errors import CheckpointError
 from fedml_core.wire import Frame, from_frame, to_frame
 
@@ -152,7 +152,7 @@ class _Table:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._blaming():
+        with blaming(self._path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path, timeout=1.0, isolation_level=None)
             try:
@@ -186,7 +186,7 @@ class _Table:
         return str(row[1])
 
     def get(self, client: int) -> Remembered | None:
-        with self._blaming():
+        with blaming(self._path):
             asked = self._connection.execute("SELECT header, arrays, checksum FROM memory WHERE client = ?", (client,))
             row = asked.fetchone()
         return None if row is None else self._decoded(client, *row)
@@ -195,11 +195,11 @@ class _Table:
         frame = to_frame("memory", memory_to_tree(kept))
         arrays = safetensors.numpy.save(dict(frame.arrays))
         row = (client, kept.round, frame.header, arrays, _checksum(frame.header, arrays))
-        with self._blaming():
+        with blaming(self._path):
             self._connection.execute("INSERT OR REPLACE INTO memory VALUES (?, ?, ?, ?, ?)", row)
 
     def commit(self) -> None:
-        with self._blaming():
+        with blaming(self._path):
             self._connection.execute("COMMIT")
             self._connection.execute("BEGIN IMMEDIATE")
 
@@ -210,7 +210,7 @@ class _Table:
                 f"{self._path} belongs to another run than the checkpoint; restore both from one copy, or start a new "
                 "run"
             )
-        with self._blaming():
+        with blaming(self._path):
             found = self._connection.execute(
                 "SELECT DISTINCT round FROM memory WHERE round > ? ORDER BY round", (generation,)
             )
@@ -228,7 +228,7 @@ class _Table:
         self.commit()
 
     def close(self) -> None:
-        with self._blaming():
+        with blaming(self._path):
             self._connection.close()
 
     def _decoded(self, client: int, header: str, arrays: bytes, checksum: int) -> Remembered:
@@ -239,15 +239,6 @@ class _Table:
         except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise CheckpointError(
                 f"{self._path} is damaged: client {client}: {error}; restore it from a copy, or start a new run"
-            ) from error
-
-    @contextlib.contextmanager
-    def _blaming(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError, OverflowError) as error:
-            raise CheckpointError(
-                f"{self._path} cannot be used: {error}; see to its disk, restore it from a copy, or start a new run"
             ) from error
 
 

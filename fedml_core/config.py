@@ -11,21 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from fedml_core.config_errors import explain
-from fedml_core.errors import ConfigError
+from fedml_core.config_tables import ConfigFile, Table, Text
 from fedml_core.policy_tables import BudgetTable, ExampleTable, LedgerTable, PolicyTable, RunBudgetTable
-from fedml_core.toml_file import override, read_toml
 from fedml_core.training import Training
 
 __all__ = [
@@ -67,43 +56,9 @@ Operator = Annotated[str, AfterValidator(_operator)]
 """An operator's public key, as hex."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Member = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Text = Annotated[str, Field(min_length=1)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class _File(_Table):
-    _path: Path = PrivateAttr(default=Path())
-
-    @property
-    def path(self) -> Path:
-        """Return the file that this was read from."""
-        return self._path
-
-    @property
-    def folder(self) -> Path:
-        """Return the folder to which the file's paths are relative."""
-        return self._path.parent
-
-    def beside(self, path: str) -> Path:
-        """Return a path of the file as one that can be opened from the working directory."""
-        return self.folder / Path(path).expanduser()
-
-    @classmethod
-    def _load(cls, path: Path, overrides: Sequence[str]) -> Self:
-        table = read_toml(path)
-        from_command_line = [override(table, item) for item in overrides]
-        try:
-            config = cls.model_validate(table, strict=True)
-        except ValidationError as error:
-            raise ConfigError(explain(error, cls, str(path), from_command_line)) from None
-        config._path = path
-        return config
-
-
-class ClientsTable(_Table):
+class ClientsTable(Table):
     """The simulated clients."""
 
     count: int = Field(default=10, ge=1)
@@ -118,7 +73,7 @@ class ClientsTable(_Table):
     """How every simulated client protects its examples, as a real site's site.toml says for itself."""
 
 
-class EvaluationTable(_Table):
+class EvaluationTable(Table):
     """When and by whom the model is evaluated."""
 
     every: int = Field(default=1, ge=0)
@@ -131,7 +86,7 @@ class EvaluationTable(_Table):
     """Examples a batch."""
 
 
-class EarlyStoppingTable(_Table):
+class EarlyStoppingTable(Table):
     """Stop when a metric no longer improves."""
 
     metric: Text = "server.loss"
@@ -144,7 +99,7 @@ class EarlyStoppingTable(_Table):
     """By default, not for what is called loss, error, mae, rmse or perplexity."""
 
 
-class FaultsTable(_Table):
+class FaultsTable(Table):
     """What goes wrong in a simulation, as shares of the clients, drawn in each round."""
 
     unavailable: Share = 0.0
@@ -157,7 +112,7 @@ class FaultsTable(_Table):
     """Of the cohort: send an update that is not finite."""
 
 
-class SimulationTable(_Table):
+class SimulationTable(Table):
     """How a simulation is run; it does not change what is computed."""
 
     engine: NamedTable = Field(default_factory=lambda: {"name": "suited"})
@@ -172,7 +127,7 @@ class SimulationTable(_Table):
     """The devices to pretend to run on, on a virtual clock: speeds, bandwidths, availability, targets."""
 
 
-class ServerTable(_Table):
+class ServerTable(Table):
     """How `fedveil server` waits for real clients."""
 
     minimum_clients: int = Field(default=1, ge=1)
@@ -181,7 +136,7 @@ class ServerTable(_Table):
     """Seconds to wait for them before giving up; by default for ever."""
 
 
-class RunConfig(_File):
+class RunConfig(ConfigFile):
     """A run.toml: what a run is to do, simulated or on real machines."""
 
     task: Text
@@ -218,7 +173,7 @@ class RunConfig(_File):
     """Where it writes down what was spent."""
 
 
-class KeysTable(_Table):
+class KeysTable(Table):
     """Where a site's secrets are; see `fedveil keys`."""
 
     site: Text = "site-keys.json"
@@ -227,7 +182,7 @@ class KeysTable(_Table):
     """The federation's ca.pem, by which the server is recognised."""
 
 
-class SecureAggregationTable(_Table):
+class SecureAggregationTable(Table):
     """The least protection under which a site takes part in a secure sum; a server that asks for less is refused."""
 
     required: bool = False
@@ -258,7 +213,7 @@ class SecureAggregationTable(_Table):
         return self
 
 
-class SiteConfig(_File):
+class SiteConfig(ConfigFile):
     """A site.toml: who this client is and what it holds. It never leaves the site."""
 
     id: int = Field(ge=0, le=2**31 - 1)
@@ -293,7 +248,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Args: overrides: `key.path=value` each, where value is TOML or else text; they take the place of what the file says.
     Raises: ConfigError: a line for each mistake, with file, key, value and what is allowed.
     """
-    return RunConfig._load(path / "run.toml" if path.is_dir() else path, overrides)
+    return RunConfig.load(path / "run.toml" if path.is_dir() else path, overrides)
 
 
 def load_site(path: Path) -> SiteConfig:
@@ -301,4 +256,4 @@ def load_site(path: Path) -> SiteConfig:
 
     Raises: ConfigError: as `load_run`.
     """
-    return SiteConfig._load(path / "site.toml" if path.is_dir() else path, ())
+    return SiteConfig.load(path / "site.toml" if path.is_dir() else path, ())

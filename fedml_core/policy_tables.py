@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+
+from fedml_core.config_tables import Table, Text
 
 __all__ = ["PROTECTIONS", "BudgetTable", "FloorTable", "LedgerTable", "MetricsTable", "PolicyTable", "RunBudgetTable"]
 
 PROTECTIONS = ("none", "secure-aggregation", "central", "distributed", "local", "example")
 """What may protect an update: nothing; masks; noise at the server, in the sum, at the client, in each step."""
-
-Text = Annotated[str, Field(min_length=1)]
 
 
 def _protections(text: str) -> str:
@@ -28,11 +28,7 @@ def _protections(text: str) -> str:
     return text
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class BudgetTable(_Table):
+class BudgetTable(Table):
     """The most that may be spent on the data set; without a limit here nothing is refused for its cost."""
 
     epsilon: float | None = Field(default=None, gt=0)
@@ -61,7 +57,7 @@ class RunBudgetTable(BudgetTable):
     """Whose privacy is counted: one client's, or one example's."""
 
 
-class LedgerTable(_Table):
+class LedgerTable(Table):
     """Where it is written down what was released about the data."""
 
     path: Text | None = None
@@ -72,7 +68,7 @@ class LedgerTable(_Table):
     """The data's name, for ever: newer files about the same people keep it. By default client-<id>, or clients."""
 
 
-class ExampleTable(_Table):
+class ExampleTable(Table):
     """Private training by example (DP-SGD): with this table a site trains in no other way, whatever a server asks."""
 
     noise_multiplier: float = Field(gt=0)
@@ -89,7 +85,7 @@ class ExampleTable(_Table):
     """How clipped gradients are taken; the last three are Opacus's."""
 
 
-class FloorTable(_Table):
+class FloorTable(Table):
     """The least that one kind of noise must be."""
 
     minimum_noise_multiplier: float = Field(default=0.0, ge=0)
@@ -100,7 +96,7 @@ class FloorTable(_Table):
     """The share of units that take part in a step."""
 
 
-class MetricsTable(_Table):
+class MetricsTable(Table):
     """What a site says about its own results."""
 
     names: list[Text] | None = None
@@ -113,7 +109,7 @@ class MetricsTable(_Table):
     """Whether the site evaluates models on what it keeps aside."""
 
 
-class PolicyTable(_Table):
+class PolicyTable(Table):
     """What the site takes part in; a server that asks for anything else is refused, with the key and the numbers."""
 
     accept: list[Annotated[str, AfterValidator(_protections)]] = Field(default_factory=lambda: ["none"], min_length=1)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import strategies
 from fedml_core.config import RunConfig
+from fedml_core.config_tables import ConfigFile
 from fedml_core.errors import ConfigError, StrategyError
 from server.plan import EarlyStopping, EvaluationPlan, Plan
 from server.sampling import Sampling
@@ -23,12 +23,12 @@ def plan_from(config: RunConfig) -> Plan:
         nearest is offered) or is refused; with the file and the table.
     """
     import_strategies()
-    with blaming(config.path, "strategy"):
+    with blaming(config, "strategy"):
         strategy = Strategy.from_config(config.strategy)
-    with blaming(config.path, "sampling"):
+    with blaming(config, "sampling"):
         sampling = Sampling.from_config(config.sampling)
     stopping = config.early_stopping
-    with blaming(config.path, "early_stopping"):
+    with blaming(config, "early_stopping"):
         early_stopping = None if stopping is None else EarlyStopping(**stopping.model_dump())
     return Plan(
         strategy=strategy,
@@ -50,18 +50,21 @@ def import_strategies() -> None:
 
 
 @contextmanager
-def blaming(path: Path, table: str) -> Iterator[None]:
-    """Say in every configuration error from inside which table of which file is at fault."""
+def blaming(config: ConfigFile, table: str, *others: str) -> Iterator[None]:
+    """Say in every configuration error from inside which table of which file is at fault, and what --set changed.
+
+    `others`: tables that what is wrong may also come from.
+    """
     try:
         yield
     except (ConfigError, StrategyError) as error:
-        raise type(error)(f"{path}: {table}: {error}") from error
+        raise type(error)(f"{config.source_of(table, *others)}: {table}: {error}") from error
 
 
 def _evaluation_from(config: RunConfig) -> EvaluationPlan:
     table = config.evaluation
     clients = None
     if table.clients is not None:
-        with blaming(config.path, "evaluation.clients"):
+        with blaming(config, "evaluation.clients"):
             clients = Sampling.from_config(table.clients)
     return EvaluationPlan(every=table.every, server=table.server, clients=clients, batch_size=table.batch_size)

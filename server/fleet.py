@@ -1,16 +1,12 @@
-"""The server's end of the fleet: Flower's SuperLink inside this process, as a mailbox for frames.
+"""The server's end of the fleet: Flower's Fleet API over the SuperLink in this process, as a mailbox for frames.
 
-Of the SuperLink there is its state, in memory, and its Fleet API; nothing else of it is started. There is no Control
-and no Runtime API, so no port, token or task by which another process could take the server's place, and no app to
-ship: the run has no code. With `clients/fleet.py` this is the only file that uses Flower's private names.
+What is behind the API is `server.fleet_superlink`. With it and `clients/fleet.py` this is one of three files that use
+Flower's private names.
 """
 
 from __future__ import annotations
 
 import base64
-import re
-import secrets
-import time
 from collections.abc import Iterable, Mapping
 from functools import partial
 from types import SimpleNamespace
@@ -22,32 +18,26 @@ from starlette.requests import Request
 
 from fedml_core import engine_guard  # noqa: F401 - its import sets Flower's switches, before Flower reads them
 from fedml_core.errors import ChannelError, ConfigError
-from fedml_core.flower_records import pack, unpack
+from fedml_core.flower_records import pack
 from fedml_core.identity import Roster, Site
 from fedml_core.tls import ServerTls
 from fedml_core.wire import Frame
-from server.fleet_letters import Answer, ClientError, Letters, LinkFailure, NodeInfo
+from server.fleet_letters import Letters, LinkFailure, NodeInfo
 from server.fleet_listener import Endpoint, Listener, RequestRefusedError, open_socket
+from server.fleet_superlink import SuperLink
 
 # isort: split
-from flwr.app import Array, Message, Metadata, RecordDict
-from flwr.app.message.message import make_message, remove_content_from_message
-from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode, Status
+from flwr.app import Array
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
-from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supercore.error import FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
-from flwr.supercore.inflatable import inflatable_object, inflatable_utils
-from flwr.supercore.object_store import NoObjectInStoreError
-from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
-from flwr.superlink.federation import NoOpFederationManager
+from flwr.supercore.inflatable import inflatable_object
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from flwr.superlink.servicer.fleet import fleet_handlers
 
 NOT_ENROLLED = 9001  # beyond Flower's own error numbers
-_TTL_S = 7 * 24 * 3600.0  # a round's own deadline comes first, see `FleetServer.cancel`
-_CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,79}")
 _API: dict[str, Any] = {  # path: its request; Flower's handler for it has the same name
     "activate-node": fleet_pb2.ActivateNodeRequest,
     "deactivate-node": fleet_pb2.DeactivateNodeRequest,
@@ -61,74 +51,6 @@ _API: dict[str, Any] = {  # path: its request; Flower's handler for it has the s
 }
 _WITH_STORE = {"pull-messages", "confirm-message-received"}
 _INSECURE_ONLY = {"register-node"}  # elsewhere the roster says who exists
-
-
-class _SuperLink:
-    """Flower's in-memory state with one run that never ends, as a `Mailroom`."""
-
-    def __init__(self) -> None:
-        self.store = InMemoryObjectStore()
-        self.links = InMemoryLinkState(NoOpFederationManager(), self.store)
-        self.run_id = self.links.create_run(
-            None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
-        )
-        # A run is as its task is. Claiming the task would make a token that expires, and that others could hold.
-        with self.links.lock_task_store:
-            for task in self.links.task_store.values():
-                task.status.status = Status.RUNNING
-
-    def state(self) -> InMemoryLinkState:
-        """Return the state: this object stands in for Flower's factory of states."""
-        return self.links
-
-    def write(self, node: int, records: RecordDict) -> Message:
-        """Return a message whose parts are stored, and which cannot be taken yet."""
-        secret = secrets.token_hex(16)  # without it, a node could work out the ids of messages to others
-        message = make_message(
-            Metadata(self.run_id, "", SUPERLINK_NODE_ID, node, "", secret, time.time(), _TTL_S, "query"), records
-        )
-        message.metadata.__dict__["_message_id"] = message.object_id
-        parts = inflatable_object.get_all_nested_objects(message)
-        with self.store.lock_store:  # a part that another message shares must not be deleted half-way through
-            missing = self.store.preregister(self.run_id, inflatable_object.get_object_tree(message))
-        for part in missing:
-            self.store.put(part, parts[part].deflate())
-        return remove_content_from_message(message)
-
-    def answers(self, message_ids: set[str]) -> Iterable[Answer]:
-        for answer in self.links.get_message_res(message_ids, self.run_id):
-            message_id, reply = answer.metadata.reply_to_message_id, answer.metadata.message_id
-            if answer.metadata.src_node_id == SUPERLINK_NODE_ID:
-                self.store.delete(reply)
-                silent = answer.error.code == ErrorCode.NODE_UNAVAILABLE
-                yield Answer(message_id, failure="unavailable" if silent else "expired")
-                continue
-            self.forget(message_id, "")
-            try:
-                tree = inflatable_object.iterate_object_tree(self.store.get_object_tree(reply))
-                yield Answer(message_id, reply, tuple(part.object_id for part in tree))
-            except NoObjectInStoreError:
-                yield Answer(message_id, failure="incomplete")
-
-    def part(self, part: str) -> bytes | None:
-        return self.links.get_object(self.run_id, part)
-
-    def online(self) -> set[int]:
-        return self.links.get_nodes(self.run_id)
-
-    def open(self, reply: str, contents: dict[str, bytes]) -> Frame | ClientError:
-        message = inflatable_utils.inflate_object_from_contents(reply, contents)
-        if not isinstance(message, Message):
-            raise TypeError("a reply must be a message")
-        if message.has_error():
-            name = message.error.reason or ""
-            return ClientError(name if _CLASS_NAME.fullmatch(name) else "")
-        return unpack(message.content)
-
-    def forget(self, message_id: str, reply: str) -> None:
-        self.links.delete_messages({message_id})
-        self.store.delete(message_id)
-        self.store.delete(reply)
 
 
 class FleetServer:
@@ -155,7 +77,7 @@ class FleetServer:
         """
         if insecure == (tls is not None) or insecure == (roster is not None):
             raise ConfigError("a server needs TLS files and a roster, or to be insecure; give it one of the two")
-        self._link = _SuperLink()
+        self._link = SuperLink()
         self._letters = Letters(self._link)
         self._closed = False
         self._sites = None if roster is None else self._admit(roster)

@@ -1,6 +1,6 @@
 """Frames under way: who took them, what came back, what never will. Nothing here knows Flower.
 
-`server.fleet` supplies the `Mailroom` that moves bytes; `Letters` remembers to whom each frame went, because the
+`server.fleet_superlink` is the `Mailroom` that moves bytes; `Letters` remembers to whom each frame went, because the
 SuperLink reports every failure as its own.
 """
 

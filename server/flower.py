@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,18 +23,17 @@ from fedml_core.pinned_roster import PinnedRoster
 from fedml_core.training import Training
 from fedml_core.update import Total
 from server.flower_channel import GridChannel, answers, number_in
+from server.flower_runs import FlowerRuns
 from server.gathering import Gathered, Order
 from server.secagg import SecureGathering
 from server.secure_exchange import Witnesses
 from server.validation import averages
-from strategies.flower import FlowerStrategy
 from strategies.secure import SecAggPlus, SecureAggregation
 from strategies.strategy import Strategy
 
 # isort: split
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result
 
 __all__ = ["SecureFlowerStrategy"]
 
@@ -42,7 +41,7 @@ _log = logging.getLogger(__name__)
 _TIMEOUT_S = 3600.0
 
 
-class SecureFlowerStrategy(FlowerStrategy):
+class SecureFlowerStrategy(FlowerRuns):
     """A Flower strategy whose server learns the sum of its nodes' updates, and no update.
 
     `SecureFlowerStrategy(SecureAggregation(FedAvg(), clip=0.5, max_weight=200), roster=roster).start(...)`; the
@@ -85,22 +84,6 @@ class SecureFlowerStrategy(FlowerStrategy):
         self._gathering: tuple[ModelSpec, SecureGathering] | None = None
         self.gathered: Gathered | None = None
         """What came of the last round's exchanges: who counted, who did not, why there was no sum, what it cost."""
-
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
-    ) -> Result:
-        """Run the rounds as Flower's `start` does; `timeout` is of each exchange, in seconds."""
-        # A run's name is never used twice: members refuse a round that they took part in before.
-        self._run, self._gathering = _Run(secrets.token_hex(8)), None
-        self._timeout_s, self._last_round = timeout, num_rounds
-        return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -164,6 +147,11 @@ class SecureFlowerStrategy(FlowerStrategy):
             )
         if not strategy.draw_masks:
             raise StrategyError("draw_masks=False protects nothing, and is for fedveil's own simulations; leave it out")
+
+    def _begin(self, rounds: int, timeout_s: float) -> None:
+        # Another name: members refuse a round that they took part in before.
+        self._run, self._gathering = _Run(secrets.token_hex(8)), None
+        self._timeout_s, self._last_round = timeout_s, rounds
 
     def _members(self, grid: Grid, server_round: int, nodes: Sequence[int]) -> dict[int, int]:
         """Return the nodes of a cohort by member, having asked those that are new who they are."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,14 @@ from fedml_core.privacy.accounting import Claim
 from fedml_core.privacy.ledger import Account, Budget, Ledger
 from fedml_core.privacy.terms import Terms
 from server.books import Events, charged, claim_of
+from server.flower_runs import FlowerRuns
 from server.ledger import RoundBooks
 from server.sampling import EveryClient, Sampling
 from server.uncovered import uncovered_text
-from strategies.flower import FlowerStrategy
 from strategies.strategy import Strategy
 
 # isort: split
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord
 
 __all__ = ["PrivateFlowerStrategy"]
 
@@ -35,7 +33,7 @@ _log = logging.getLogger(__name__)
 _EVERYBODY = EveryClient()
 
 
-class PrivateFlowerStrategy(FlowerStrategy):
+class PrivateFlowerStrategy(FlowerRuns):
     """A Flower strategy whose models are differentially private towards whole clients, and that says how much.
 
     `PrivateFlowerStrategy(CentralDP(FedAvg(weighting=Uniform()), ...), sampling=PoissonSampling(0.1)).start(...)`
@@ -87,23 +85,6 @@ class PrivateFlowerStrategy(FlowerStrategy):
         self.claim: Claim | None = None
         """What that costs one client that took part whenever it could, once the round that began last is over."""
 
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
-    ) -> Result:
-        """Run the rounds as Flower's `start` does; in the ledger, they are a run of their own.
-
-        Raises: RunError: before the round that the budget does not allow. CheckpointError: if the ledger fails.
-        """
-        self._run = _run_name()
-        return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
-
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -149,6 +130,9 @@ class PrivateFlowerStrategy(FlowerStrategy):
                 f"{name}'s noise is for clients that stay away for {terms.separation} rounds, and one of Flower's is "
                 "another node each time that it connects; leave noise= out"
             )
+
+    def _begin(self, rounds: int, timeout_s: float) -> None:
+        self._run = _run_name()
 
     def _drawn(self, kind: str, server_round: int, nodes: Sequence[int]) -> list[int]:
         """Return the cohort of a round; one that trains is counted first."""

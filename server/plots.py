@@ -10,22 +10,21 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fedml_core.errors import ConfigError
-from fedml_core.privacy.terms import epsilon_text
 from server.plots_labels import label_figure
+from server.plots_privacy import spent_figure
+from server.plots_rounds import FEW, WIDE_INCHES, Curve, Rounds, bars, curve_of, dress_rounds, mapping_of, number_of
 from server.plots_style import (
     BLACK,
     BLUE,
     DPI,
     GREEN,
     ORANGE,
-    PALE,
     PANEL_INCHES,
     PURPLE,
     SKY,
@@ -39,21 +38,13 @@ from server.plots_style import (
     whole_ticks,
 )
 from server.plots_time import time_figure
-from server.uncovered import over_rounds, uncovered_text
-from server.wording import privacy_terms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Rounds = Sequence[Mapping[str, Any]]
-Curve = dict[int, float]
-
 PANELS_PER_FIGURE = 8
 MOST_CLIENTS = 200
-_FEW = 60
-_BEYOND = 1e100  # no axis can span more; such a value is a diverged run and leaves a gap, as infinity does
-_WIDE = 1.6 * PANEL_INCHES[0]
 _KNOWN_PLACES = {"server": (BLUE, "o"), "clients": (VERMILLION, "s"), "train": (GREEN, "^")}
 _OTHER_PLACES = ((PURPLE, "D"), (ORANGE, "v"), (SKY, "P"))
 
@@ -85,7 +76,7 @@ def draw_all(
     figures["virtual_time.png"] = time_figure(reports)
     figures["traffic.png"] = traffic_figure(reports)
     figures["participation.png"] = participation_figure(reports)
-    figures["epsilon.png"] = epsilon_figure(reports)
+    figures["epsilon.png"] = spent_figure(reports)
     figures["labels.png"] = None if label_counts is None else label_figure(label_counts, class_names)
     return [_write(figure, Path(folder) / name) for name, figure in figures.items() if figure is not None]
 
@@ -94,11 +85,11 @@ def metric_figures(rounds: Rounds, baseline: Mapping[str, float]) -> list[Figure
     """Return figures with one panel for each metric, and in it one line for each place where it was measured."""
     curves: dict[str, dict[str, Curve]] = {}
     for report in rounds:
-        for place, metrics in _mapping(report.get("metrics")).items():
-            for name, value in _mapping(metrics).items():
+        for place, metrics in mapping_of(report.get("metrics")).items():
+            for name, value in mapping_of(metrics).items():
                 if name == "examples":  # what the others are averages over
                     continue
-                if (number := _number(value)) is not None:
+                if (number := number_of(value)) is not None:
                     curves.setdefault(str(name), {}).setdefault(str(place), {})[report["round"]] = number
     names = [
         name for name, lines in curves.items() if np.isfinite([y for c in lines.values() for y in c.values()]).any()
@@ -117,22 +108,22 @@ def metric_figures(rounds: Rounds, baseline: Mapping[str, float]) -> list[Figure
 
 def traffic_figure(rounds: Rounds) -> Figure | None:
     """Return the bytes of each round: what clients sent above zero, what they were sent below."""
-    up, down = _curve(rounds, "bytes_up"), _curve(rounds, "bytes_down")
+    up, down = curve_of(rounds, "bytes_up"), curve_of(rounds, "bytes_down")
     if not up and not down:
         return None
     scale, unit = byte_unit(max([*up.values(), *down.values()]))
-    figure = new_figure(_WIDE, PANEL_INCHES[1])
+    figure = new_figure(WIDE_INCHES, PANEL_INCHES[1])
     axes = figure.add_subplot()
     for curve, sign, color, name in ((up, 1, BLUE, "up, from clients"), (down, -1, VERMILLION, "down, to clients")):
         if curve:
             total_scale, total_unit = byte_unit(sum(curve.values()))
             label = f"{name} ({sum(curve.values()) / total_scale:.3g} {total_unit} in all)"
-            heights, edges = _bars({x: sign * y / scale for x, y in curve.items()}, 0.4 if len(curve) <= _FEW else 0.5)
+            heights, edges = bars({x: sign * y / scale for x, y in curve.items()}, 0.4 if len(curve) <= FEW else 0.5)
             axes.stairs(heights, edges, fill=True, color=color, label=label)
     axes.axhline(0, color=BLACK, linewidth=0.8)
     axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     grid(axes.yaxis)
-    _dress_rounds(axes, rounds, "Traffic per round", f"{unit}, up and down")
+    dress_rounds(axes, rounds, "Traffic per round", f"{unit}, up and down")
     return figure
 
 
@@ -144,9 +135,9 @@ def participation_figure(rounds: Rounds) -> Figure | None:
     clients = sorted({*took, *excluded}, key=lambda client: (isinstance(client, str), client))
     if not clients:
         return None
-    figure = new_figure(_WIDE, PANEL_INCHES[1])
+    figure = new_figure(WIDE_INCHES, PANEL_INCHES[1])
     axes = figure.add_subplot()
-    partial = any((_number(r.get("replies")) or 0) > len(_list(r.get("participants"))) for r in rounds)
+    partial = any((number_of(r.get("replies")) or 0) > len(_list(r.get("participants"))) for r in rounds)
     count = f"{len(rounds):,} round{'s' * (len(rounds) != 1)}"
     note = " (as far as reports list them)" if partial else ""
     if len(clients) <= MOST_CLIENTS:
@@ -161,36 +152,12 @@ def participation_figure(rounds: Rounds) -> Figure | None:
     return figure
 
 
-def epsilon_figure(rounds: Rounds) -> Figure | None:
-    """Return the privacy spent up to each round."""
-    spent = _curve(rounds, "epsilon")
-    if not spent:
-        return None
-    figure = new_figure(_WIDE, PANEL_INCHES[1])
-    axes = figure.add_subplot()
-    axes.plot(list(spent), list(spent.values()), color=BLUE, marker="o" if len(spent) <= _FEW else "", markersize=4)
-    if examples := _of_examples(rounds):  # besides the clients of the curve above
-        axes.lines[0].set_label("client")
-        axes.plot(list(examples), list(examples.values()), color=GREEN, label="example")
-    axes.set_ylim(bottom=0)
-    grid(axes.yaxis)
-    last = max(spent)
-    terms = next((privacy_terms(row["privacy"]) for row in reversed(rounds) if row.get("privacy")), "")
-    title = f"Privacy spent: epsilon {epsilon_text(spent[last])} after round {last:,}" + (
-        f",\n{terms.strip()}" if terms else ""
-    )
-    beside = uncovered_text(over_rounds(row.get("privacy") for row in rounds))
-    title = "\n".join([title, *(plain(line, 90) for line in wrap(beside, 90)[:3])])
-    _dress_rounds(axes, rounds, title, "epsilon so far")
-    return figure
-
-
 def _draw_metric(axes: Axes, name: str, lines: Mapping[str, Curve], baseline: float | None, rounds: Rounds) -> None:
     others = iter(_OTHER_PLACES * len(lines))
     for place, curve in lines.items():
         color, marker = _KNOWN_PLACES.get(place) or next(others)
         ys = np.array(list(curve.values()))
-        lone = len(ys) <= _FEW or not np.isfinite(ys).all()  # a point between two gaps shows by its marker only
+        lone = len(ys) <= FEW or not np.isfinite(ys).all()  # a point between two gaps shows by its marker only
         ys[~np.isfinite(ys)] = np.nan
         axes.plot(list(curve), ys, color=color, marker=marker if lone else "", markersize=4, label=plain(place, 14))
     if baseline is not None:
@@ -199,7 +166,7 @@ def _draw_metric(axes: Axes, name: str, lines: Mapping[str, Curve], baseline: fl
     if values.min() > 0 and values.max() > 1.5 and values.max() / values.min() > 100:
         axes.set_yscale("log")
     grid(axes.yaxis)
-    _dress_rounds(axes, rounds, f"{plain(name)} per round", plain(name))
+    dress_rounds(axes, rounds, f"{plain(name)} per round", plain(name))
 
 
 def _draw_participation(
@@ -219,63 +186,12 @@ def _draw_participation(
 
 
 def _draw_frequencies(axes: Axes, times: Sequence[int]) -> None:
-    width = max(1, -(-(max(times) + 1) // _FEW))
+    width = max(1, -(-(max(times) + 1) // FEW))
     heights = np.bincount(np.array(times) // width)
     edges = np.arange(len(heights) + 1) * width - 0.5
     axes.stairs(heights, edges, fill=True, facecolor=BLUE, edgecolor="white")
     whole_ticks(axes.xaxis)
     axes.set_xlim(edges[0], edges[-1])
-
-
-def _dress_rounds(axes: Axes, rounds: Rounds, title: str, y_label: str) -> None:
-    from matplotlib.patches import StepPatch
-
-    void = {report["round"]: 1.0 for report in rounds if report.get("status") == "void"}
-    if void:  # one patch over the whole height, in axes' coordinates there, so that it moves no limit
-        whole = axes.get_xaxis_transform()
-        heights, edges = _bars(void, 0.5)
-        axes.add_patch(
-            StepPatch(heights, edges, transform=whole, color=PALE, linewidth=0, zorder=0, label="void round")
-        )
-    axes.set_xlim(rounds[0]["round"] - 0.6, rounds[-1]["round"] + 0.6)
-    whole_ticks(axes.xaxis, 10 if rounds[-1]["round"] < 100_000 else 4)
-    dress(axes, title, "round", y_label)
-
-
-def _bars(curve: Curve, half: float) -> tuple[list[float], list[float]]:
-    """Return heights and edges of a step outline: a block around each round, `half` to either side, and 0 between."""
-    heights: list[float] = []
-    edges: list[float] = []
-    for x, y in curve.items():
-        if edges and edges[-1] < x - half:
-            heights.append(0.0)
-        if not edges or edges[-1] < x - half:
-            edges.append(x - half)
-        heights.append(y)
-        edges.append(x + half)
-    return heights, edges
-
-
-def _curve(rounds: Rounds, name: str) -> Curve:
-    numbers = ((report["round"], _number(report.get(name))) for report in rounds)
-    return {x: y for x, y in numbers if y is not None and math.isfinite(y)}
-
-
-def _of_examples(rounds: Rounds) -> Curve:
-    """Return what examples have cost where `epsilon` is about clients."""
-    others = [row for row in rounds if _mapping(row.get("privacy")).get("unit") != "example"]
-    return _curve([{**_mapping(row.get("example_privacy")), "round": row["round"]} for row in others], "epsilon")
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        return None
-    number = math.inf if isinstance(value, int) and abs(value) >= _BEYOND else float(value)
-    return math.inf if abs(number) >= _BEYOND else number
-
-
-def _mapping(value: object) -> Mapping[Any, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _list(value: object) -> Sequence[Any]:
@@ -289,7 +205,7 @@ def _clients(value: object) -> Iterator[int | str]:
 def _checked(rounds: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     reports: dict[int, Mapping[str, Any]] = {}
     for place, report in enumerate(rounds, start=1):
-        number = _mapping(report).get("round")
+        number = mapping_of(report).get("round")
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 10**9:
             raise ConfigError(
                 f"report {place} needs a whole number below 10^9 as its round, got {number!r:.40}; give a run's history"
@@ -301,7 +217,7 @@ def _checked(rounds: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _checked_baseline(baseline: object) -> dict[str, float]:
     if not isinstance(baseline, Mapping):
         raise ConfigError(f"baseline must name metrics, such as {{'accuracy': 0.9}}, got {baseline!r}")
-    numbers = {str(name): _number(value) for name, value in baseline.items()}
+    numbers = {str(name): number_of(value) for name, value in baseline.items()}
     for name, number in numbers.items():
         if number is None or not math.isfinite(number):
             raise ConfigError(f"the baseline of {name} must be a finite number, got {baseline[name]!r}")

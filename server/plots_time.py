@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from server.plots_rounds import BEYOND, FEW
 from server.plots_style import BLUE, GREEN, PANEL_INCHES, PURPLE, VERMILLION, dress, grid, new_figure, plain
 
 if TYPE_CHECKING:
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
 Points = list[tuple[float, float]]
 
 MOST_PANELS = 8
-_FEW = 60
-_MOST = 1e100  # as in plots.py: no axis can span more
 _COLORS = {"server": (BLUE, "o"), "clients": (VERMILLION, "s"), "train": (GREEN, "^")}
 _UNITS = ((2 * 86_400.0, 86_400.0, "days"), (2 * 3600.0, 3600.0, "hours"), (120.0, 60.0, "minutes"))
 
@@ -34,7 +33,7 @@ def time_figure(rounds: Sequence[Mapping[str, Any]]) -> Figure | None:
         for where, points in lines.items():
             color, marker = _COLORS.get(where, (PURPLE, "D"))
             xs, ys = [x / unit_s for x, _ in points], [y for _, y in points]
-            shape = marker if len(points) <= _FEW else ""
+            shape = marker if len(points) <= FEW else ""
             axes.plot(xs, ys, color=color, marker=shape, markersize=4, label=plain(where, 14))
         axes.set_xlim(left=0)
         grid(axes.yaxis)
@@ -62,7 +61,7 @@ def _unit(most_s: float) -> tuple[float, str]:
 def _is_number(value: object) -> TypeGuard[float]:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) < _MOST and math.isfinite(value)
+    return abs(value) < BEYOND and math.isfinite(value)
 
 
 __all__ = ["time_figure"]

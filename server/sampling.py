@@ -51,6 +51,13 @@ class Sampling(Named):
     def require(self, population: int) -> None:
         """Raise ConfigError if this cannot be drawn from `population` clients."""
 
+    def sizes(self, clients: Sequence[int]) -> tuple[int, int]:
+        """Return the fewest and the most that a cohort of these clients can have; change it together with `cohort`.
+
+        The base class does not know: anything from nobody to all.
+        """
+        return 0, len(clients)
+
     def event(self, population: int, inner: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what an accountant is told of a round in which `inner` happened to a secret cohort of `population`.
 
@@ -67,6 +74,10 @@ class Sampling(Named):
 @dataclass(frozen=True)
 class EveryClient(Sampling):
     """Every client, in every round."""
+
+    def sizes(self, clients: Sequence[int]) -> tuple[int, int]:
+        """Return that it is always all."""
+        return len(clients), len(clients)
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,10 @@ class FixedSampling(Sampling):
         size = min(self.size, len(clients))
         key = key_bytes(int.from_bytes(secret, "big"), "sample", round_number, size=32)
         return _at(clients, _distinct(len(clients), size, key))
+
+    def sizes(self, clients: Sequence[int]) -> tuple[int, int]:
+        """Return the size, or how many there are."""
+        return min(self.size, len(clients)), min(self.size, len(clients))
 
     def require(self, population: int) -> None:
         """Raise ConfigError if there are fewer clients than asked for."""
@@ -164,6 +179,12 @@ class MinimumSeparation(Sampling):
                 range(clients.start + (turn - clients.start) % self.rounds_apart, clients.stop, self.rounds_apart)
             )
         return sorted(client for client in clients if client % self.rounds_apart == turn)
+
+    def sizes(self, clients: Sequence[int]) -> tuple[int, int]:
+        """Return the shares of a `range`, which are alike; of other numbers, all may have the same remainder."""
+        if isinstance(clients, range) and clients.step == 1:
+            return len(clients) // self.rounds_apart, -(-len(clients) // self.rounds_apart)
+        return super().sizes(clients)
 
     @property
     def separation(self) -> int:

@@ -14,6 +14,7 @@ from fedml_core.errors import ConfigError
 from fedml_core.named import construct
 from fedml_core.task import Task
 from server.configure import blaming, plan_from
+from server.sampling import Sampling
 from simulations.engines import Engine
 from simulations.faults import Faults
 from simulations.partition import Partitioner
@@ -34,23 +35,18 @@ def simulation_from(config: RunConfig, task: Task) -> Simulation:
     Raises: ConfigError, StrategyError: for whatever cannot be, with the file and the table.
     """
     plan = plan_from(config)
-    with blaming(config.path, "clients.partition"):
+    with blaming(config, "clients.partition"):
         rule = Partitioner.from_config(config.clients.partition)
-    with blaming(config.path, "simulation.faults"):
+    with blaming(config, "simulation.faults"):
         faults = Faults(**config.simulation.faults.model_dump())
     _check_optimizer(config)
     clients = _clients_from(config)
-    with blaming(config.path, "evaluation.clients"):
-        if plan.evaluation.clients is not None:
-            plan.evaluation.clients.require(clients if isinstance(clients, int) else len(clients))
-    with blaming(config.path, "simulation.engine"):
-        skip = config.simulation.on_client_error == "skip"
-        engine = Engine.from_config({"skip_failures": skip, **config.simulation.engine})
-    fleet = _fleet_from(config)
+    _check_evaluators(config, plan.evaluation.clients, clients if isinstance(clients, int) else len(clients))
+    engine, fleet = _engine_from(config), _fleet_from(config)
     private = _private_from(config, engine)
-    with blaming(config.path, "budget"):
+    with blaming(config, "budget"):
         require_counted(config.budget, plan.strategy.privacy(), examples=private is not None)
-    with blaming(config.path, "sampling"):
+    with blaming(config, "sampling", "clients", "strategy"):
         return Simulation(
             task,
             plan.strategy,
@@ -82,8 +78,20 @@ def _check_optimizer(config: RunConfig) -> None:
     """
     if config.training.optimizer.lower() == "sgd" and not config.training.optimizer_arguments:
         return
-    with blaming(config.path, "training"):
+    with blaming(config, "training"):
         make_optimizer(config.training, 1, [nn.Parameter(torch.zeros(1, 1))])
+
+
+def _check_evaluators(config: RunConfig, sampling: Sampling | None, count: int) -> None:
+    with blaming(config, "evaluation.clients", "clients"):
+        if sampling is not None:
+            sampling.require(count)
+
+
+def _engine_from(config: RunConfig) -> Engine:
+    with blaming(config, "simulation.engine"):
+        skip = config.simulation.on_client_error == "skip"
+        return Engine.from_config({"skip_failures": skip, **config.simulation.engine})
 
 
 def _private_from(config: RunConfig, engine: Engine) -> PrivateTraining | None:
@@ -93,7 +101,7 @@ def _private_from(config: RunConfig, engine: Engine) -> PrivateTraining | None:
         return None
     from clients.private_training import PrivateTraining  # only who trains privately waits for its imports
 
-    with blaming(config.path, "clients.examples"):
+    with blaming(config, "clients.examples"):
         engine.require_private()
         return PrivateTraining.of(table)
 
@@ -102,7 +110,7 @@ def _clients_from(config: RunConfig) -> int | Source:
     """Return how many clients there are, or the files that hold them."""
     if config.clients.source is None:
         return config.clients.count
-    with blaming(config.path, "clients.source"):
+    with blaming(config, "clients.source"):
         for key in ("count", "partition", "holdout"):
             if key in config.clients.model_fields_set:
                 raise ConfigError(f"a source has its own clients and data, and clients.{key} is given; leave one out")
@@ -115,6 +123,6 @@ def _fleet_from(config: RunConfig) -> Fleet | None:
     table = config.simulation.fleet
     if table is None:
         return None
-    with blaming(config.path, "simulation.fleet"):
+    with blaming(config, "simulation.fleet"):
         fleet: Fleet = construct(Fleet, table)
         return dataclasses.replace(fleet, availability=fleet.availability.beside(config.folder))

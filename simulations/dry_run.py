@@ -31,9 +31,11 @@ __all__ = ["answer", "say_answer"]
 _RUN = "dry-run"
 
 
-def say_answer(console: Console, site: Path, run: Path, server: str) -> None:
+def say_answer(console: Console, site: Path, run: Path, server: str) -> int:
     """Say what the site of a site.toml would answer the run of a run.toml. `server`: HOST:PORT, as the policy sees it.
 
+    Returns: the command's exit code: 0 if every round would be answered, else that of a run that is refused so: 1 for
+        what the site's policy or budget refuses, 2 for privacy that cannot be accounted for.
     Raises: ConfigError, TaskError, StrategyError: if one of the files is faulty.
     """
     config, asked = load_site(site), load_run(run)
@@ -50,26 +52,30 @@ def say_answer(console: Console, site: Path, run: Path, server: str) -> None:
         console.say(
             "the run's [clients.examples] is for simulated clients; this site protects examples by its site.toml"
         )
+    if found["exit_code"]:
+        number, code = found["rounds"][-1]["round"], found["exit_code"]
+        console.note(f"error: round {number} would be refused, so this ends with {code}, as a refused run does")
     console.result(found)
+    return int(found["exit_code"])
 
 
 def answer(config: SiteConfig, asked: RunConfig, server: str) -> dict[str, Any]:
     """Return what the site would answer the first round, the first one that it would refuse, and the last one.
 
     As if it took part in every round. Where the site protects its examples, `example_privacy` is what the rounds that
-    it would answer cost one of them; else None.
+    it would answer cost one of them; else None. `exit_code`: see `say_answer`.
     """
     plan, books, policy = plan_from(asked), Books(config), Policy(config.policy)
     first = _one(config, plan, books, policy, _asked(config, plan, server, 1))
-    rows, protection = [_row(1, first)], first.protection
+    answers = [(1, first)]
     if first.refusal is None:
-        last = _affordable(config, plan, books, policy, server, asked.rounds)
-        rows += [_row(number, answered) for number, answered in last]
-    refused = any(row["rule"] is not None for row in rows)
+        answers += _affordable(config, plan, books, policy, server, asked.rounds)
+    rows, refusal = [_row(number, answered) for number, answered in answers], answers[-1][1].refusal
     done = {row["round"] if row["rule"] is None else row["round"] - 1 for row in rows} - {0}
     return {
-        "answer": "refused" if refused else "answered",
-        "protection": protection,
+        "answer": "answered" if refusal is None else "refused",
+        "exit_code": 0 if refusal is None else refusal.exit_code,
+        "protection": first.protection,
         "rounds": rows,
         "example_privacy": _example_costs(config, plan, books, sorted(done)),
     }

@@ -15,11 +15,10 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -33,6 +32,7 @@ from flwr.supercore.run import Run
 
 from fedml_core.checks import require_whole
 from fedml_core.errors import ConfigError, StrategyError
+from simulations.flower_mail import Fault, FaultHook, Sent, wait_for
 from simulations.flower_messages import (
     attributed,
     check_instruction,
@@ -53,26 +53,6 @@ ClientCallable = Callable[[Message, Context], Message]
 _PATIENT_ASKS = 6  # Flower's strategies ask twice for each batch that they send
 
 _log = logging.getLogger(__name__)
-
-
-class Fault(Enum):
-    """What may go wrong with one message, for tests of a strategy's patience."""
-
-    DROP = "the client never sees the message, and no reply ever comes"
-    LATE = "the client does its work and keeps its new state, but its reply never comes"
-    ERROR = "the client is not run; the server gets an error reply with the reason InjectedFault"
-
-
-FaultHook = Callable[[int, Message], Fault | None]
-
-
-@dataclass(frozen=True)
-class _Sent:
-    """A message on its way, what will go wrong with it, and its reply to come."""
-
-    instruction: Message
-    fault: Fault | None = None
-    reply: Future[Message] = field(default_factory=Future)
 
 
 class LocalGrid(Grid):
@@ -106,8 +86,8 @@ class LocalGrid(Grid):
         self._threads = threads
         self._faults = faults
         self._run = replace(Run.create_empty(1), override_config=checked_config("run_config", run_config or {}))
-        self._sent: dict[str, _Sent] = {}
-        self._lines: dict[int, deque[_Sent]] = {}
+        self._sent: dict[str, Sent] = {}
+        self._lines: dict[int, deque[Sent]] = {}
         self._count = 0
         self._asked = 0
         self._lock = threading.Lock()
@@ -208,7 +188,7 @@ class LocalGrid(Grid):
         with self._lock:
             sent = [self._sent[message_id] for message_id in ids]
         awaited = [one for one in sent if one.fault is not Fault.DROP]
-        _wait_for(awaited, math.inf if timeout is None else timeout)
+        wait_for(awaited, math.inf if timeout is None else timeout)
         replies = self.pull_messages(ids)
         with self._lock:
             for message_id in ids:
@@ -226,7 +206,7 @@ class LocalGrid(Grid):
         fault = self._faults(node_id, message) if self._faults else None
         if fault is not None and not isinstance(fault, Fault):
             raise ConfigError(f"a fault hook must return a Fault or None, got {type(fault).__name__}")
-        sent = _Sent(part_from_sender(message, content), fault)
+        sent = Sent(part_from_sender(message, content), fault)
         with self._lock:
             self._sent[message_id] = sent
         if node_id not in self._nodes.ids:
@@ -254,7 +234,7 @@ class LocalGrid(Grid):
             return error_reply(sent.instruction, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the reply outlived its ttl")
         return reply
 
-    def _enqueue(self, node_id: int, sent: _Sent) -> None:
+    def _enqueue(self, node_id: int, sent: Sent) -> None:
         with self._lock:
             line = self._lines.setdefault(node_id, deque())
             line.append(sent)
@@ -292,15 +272,3 @@ class LocalGrid(Grid):
         with self._lock:
             self._lines.clear()
             self._sent.clear()
-
-
-def _wait_for(awaited: Sequence[_Sent], patience_s: float) -> None:
-    """Return when each reply is there or its message's time to live is over, or when patience ends."""
-    deadline_s = time.monotonic() + patience_s
-    while True:
-        now = time.time()
-        waiting = [sent for sent in awaited if not sent.reply.done() and expiry(sent.instruction) >= now]
-        left_s = min(deadline_s - time.monotonic(), max((expiry(s.instruction) - now for s in waiting), default=0.0))
-        if not waiting or left_s < 0:
-            return
-        wait([sent.reply for sent in waiting], timeout=min(left_s, threading.TIMEOUT_MAX))

@@ -75,9 +75,10 @@ def _say(console: Console, found: Outlook) -> None:
     for number, claim in found.claims:
         console.say(f"round {number:<6} {claim}")
     if (release := found.release) is not None:
+        share = f", an even share of what {release.share_of} rounds leave" if release.share_of > 1 else ""
         console.say(
-            f"noise        {release.noise_per_coordinate:.3g} on each coordinate of a {release.once}'s mean; the most "
-            f"signal is {release.aligned_signal_to_noise:.3g} times as long if all {release.parts} agree, and "
+            f"noise        {release.noise_per_coordinate:.3g} on each coordinate of a {release.once}'s mean{share}; "
+            f"the most signal is {release.aligned_signal_to_noise:.3g} times as long if all {release.parts} agree, and "
             f"{release.independent_signal_to_noise:.3g} times if they have nothing in common"
         )
     for line in found.advice:
@@ -147,7 +148,7 @@ def _of_clients(simulation: Simulation, budget: float | None) -> Outlook | None:
 
 
 def _draw(path: Path, outlooks: Sequence[Outlook], budget: float | None) -> None:
-    from server.plots_privacy import epsilon_figure
+    from server.plots_privacy import outlook_figure
 
     lasts = [found.claims[-1][1] for found in outlooks]
     terms = dict.fromkeys(f"delta {last.delta:g}, {last.adjacency}, {last.sampling}" for last in lasts)
@@ -155,7 +156,7 @@ def _draw(path: Path, outlooks: Sequence[Outlook], budget: float | None) -> None
         last.unit: [(number, claim.epsilon) for number, claim in found.claims]
         for last, found in zip(lasts, outlooks, strict=True)
     }
-    figure = epsilon_figure(curves, "; ".join(terms), budget)
+    figure = outlook_figure(curves, "; ".join(terms), budget)
     if figure is None:
         raise PrivacyError("no round has a finite epsilon, so there is nothing to draw")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,14 +7,14 @@ round that a crash cut off, nor among the clients' memories, which a resumed run
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedml_core.databases import blaming
 from fedml_core.errors import CheckpointError, RefusalError, RunError
 from fedml_core.policy_tables import BudgetTable
 from fedml_core.privacy.budget import Budget
@@ -62,6 +62,7 @@ class Accounts:
         )
         self._budget = Budget(**budget.model_dump()) if budget.limited else None
         self._path = None if folder is None else folder / ACCOUNTS_FILE
+        self._name = self._path or "the accounts of examples"
         self._claim = cache(self._claim_of)
         self._check = cache(self._checked)
         if self._path is not None and resumed and not self._path.exists():
@@ -69,10 +70,10 @@ class Accounts:
                 f"{self._path} does not exist, and it says what this run's clients have spent; restore it from a copy, "
                 "or start a new run"
             )
-        with self._blaming():
+        with blaming(self._name):
             self._connection = sqlite3.connect(self._path or ":memory:", timeout=1.0, isolation_level=None)
         try:
-            with self._blaming():
+            with blaming(self._name):
                 self._prepare(resumed)
                 self._worst = int(self._one("SELECT coalesce(max(trainings), 0) FROM account"))
             self._require(reported or {})
@@ -95,7 +96,7 @@ class Accounts:
             return
         asked = json.dumps([int(client) for client in clients])
         # Nobody else charges between what is looked up and what is written.
-        with self._blaming(), self._connection:
+        with blaming(self._name), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             most = int(
                 self._one(
@@ -116,7 +117,7 @@ class Accounts:
 
     def trainings(self) -> dict[int, int]:
         """Return how often each client that ever trained has trained."""
-        with self._blaming():
+        with blaming(self._name):
             return dict(self._connection.execute("SELECT client, trainings FROM account ORDER BY client"))
 
     def claim(self) -> Claim:
@@ -190,16 +191,6 @@ class Accounts:
 
     def _one(self, query: str, *values: str) -> Any:
         return self._connection.execute(query, values).fetchone()[0]
-
-    @contextlib.contextmanager
-    def _blaming(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError, OverflowError) as error:
-            raise CheckpointError(
-                f"{self._path or 'the accounts of examples'} cannot be used: {error}; see to its disk, restore it from "
-                "a copy, or start a new run"
-            ) from error
 
 
 def forget_accounts(folder: Path) -> None:

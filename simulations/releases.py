@@ -16,16 +16,14 @@ __all__ = ["release_of_clients", "release_of_examples"]
 
 
 def release_of_clients(simulation: Simulation) -> Release | None:
-    """Return what a round publishes if everybody who is asked answers, or None for noise that rounds share.
+    """Return what a round publishes if everybody who is asked answers, or None for a strategy that does not say.
 
-    Where clipping follows the updates, at its first norm: the ratio of signal and noise is the same at any.
+    Where clipping follows the updates, at its first norm: the ratio of signal and noise is the same at any. Of noise
+    that rounds partly take back, it is an even share of what is left after the last.
     """
     strategy, size = _private(simulation.strategy), simulation.trainer.spec.size
-    if isinstance(strategy, CentralDP) and not strategy.noise:
-        clip = strategy.clip_norm
-        norm = clip.initial if isinstance(clip, AdaptiveClip) else clip
-        if isinstance(norm, int | float):
-            return Release(float(norm), strategy.noise_multiplier, strategy.expected_cohort, size)
+    if isinstance(strategy, CentralDP):
+        return _of_central(strategy, size, simulation.rounds)
     if isinstance(strategy, DistributedDP):
         noise = strategy.noise_multiplier * math.sqrt(strategy.cohort_size / strategy.honest)
         return Release(strategy.clip_norm, noise, strategy.cohort_size, size)
@@ -44,6 +42,16 @@ def release_of_examples(simulation: Simulation) -> Release | None:
     clipping, spec = clients.private.clipping, simulation.trainer.spec
     noise, batch = clients.private.gradient_noise, simulation.training.batch_size
     return Release(clipping.clip_norm, noise, batch, spec.parameter_count, once="step", parts="gradients", of="batch")
+
+
+def _of_central(strategy: CentralDP, size: int, rounds: int) -> Release | None:
+    clip, noise = strategy.clip_norm, strategy.noise
+    norm = clip.initial if isinstance(clip, AdaptiveClip) else clip
+    left = None if noise is None else noise.left_after(rounds)
+    if not isinstance(norm, int | float) or (noise is not None and left is None):
+        return None
+    multiplier = strategy.noise_multiplier * (1.0 if left is None else math.sqrt(left / rounds))
+    return Release(float(norm), multiplier, strategy.expected_cohort, size, share_of=1 if noise is None else rounds)
 
 
 def _private(strategy: Strategy) -> Strategy:

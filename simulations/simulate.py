@@ -89,11 +89,17 @@ class Simulation:
         if self.rounds < 1:
             raise ConfigError(f"rounds must be >= 1, got {self.rounds}")
         self.sampling.require(count)
+        self.strategy.require_cohort(*self._cohort_sizes(count))
         if self.evaluation.clients is not None:
             self.evaluation.clients.require(count)
         if self.private is not None:
             self.engine.require_private()
         require_counted(self.budget, self.strategy.privacy(), examples=self.private is not None)
+
+    def _cohort_sizes(self, count: int) -> tuple[int, int]:
+        """Return the fewest and the most clients of a cohort; the fewest is 0 where some may be out of reach."""
+        fewest, most = self.sampling.sizes(range(count))
+        return (fewest if self.fleet is None and self.faults.unavailable == 0 else 0), most
 
     @cached_property
     def plan(self) -> Plan:

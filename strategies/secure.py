@@ -138,6 +138,20 @@ class SecureAggregation(Strategy):
             )
         noise.encoding().admit(noise.cohort_size, self.protocol.minimum, self.protocol.corrupt(noise.cohort_size))
 
+    def require_cohort(self, fewest: int, most: int) -> None:
+        """Check cohorts of so many members.
+
+        Raises: ConfigError: if none reaches the protocol's minimum. PrivacyError: if all are beyond the noise's room.
+        """
+        if most < self.protocol.minimum:
+            raise ConfigError(
+                f"a round asks {most} members at most, and the minimum is {self.protocol.minimum}; ask more, or lower "
+                "the protocol's minimum"
+            )
+        noise = noise_in(self.strategy.pipeline())
+        if noise is not None and fewest > noise.cohort_size:
+            noise.encoding().admit(fewest, self.protocol.minimum, self.protocol.corrupt(fewest))
+
     def pipeline(self) -> Transform:
         """Return the strategy's own."""
         return self.strategy.pipeline()

@@ -65,6 +65,12 @@ class Strategy(Named):
         """Return whether updates are summed by a protocol that hides each of them."""
         return False
 
+    def require_cohort(self, fewest: int, most: int) -> None:
+        """Raise ConfigError or StrategyError if no round can succeed whose cohort has from `fewest` to `most` clients.
+
+        The base class takes any.
+        """
+
     def accumulator(self, spec: ModelSpec) -> Accumulator:
         """Return an empty accumulator for one round."""
         size, rule = self.pipeline().encoded_size(spec.size), self.rule()

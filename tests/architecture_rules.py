@@ -23,7 +23,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "simulations": frozenset({"server", "clients", "strategies", "fedml_core"}),
 }
 OUTSIDE = ("tests", "examples", "benchmarks", "docs")
-COMMANDS = ("server.app", "clients.app", "simulations.app")
+COMMANDS = ("server.app", "clients.app", "simulations.app", "simulations.app_privacy")
 ROOT_COMMAND = "simulations/app.py"
 RANDOMNESS = "fedml_core/randomness.py"
 GUARD = "fedml_core/engine_guard.py"
@@ -34,9 +34,11 @@ ANY_NAME = "flwr"
 FLOWER_FILES: Mapping[str, tuple[str, ...]] = {
     # File: the names below Flower's public ones that it may import.
     "server/fleet.py": (ANY_NAME,),
+    "server/fleet_superlink.py": (ANY_NAME,),
     "clients/fleet.py": (ANY_NAME,),
     "simulations/flower_apps.py": ("flwr.common.constant.SUPERLINK_NODE_ID",),
     "simulations/flower_grid.py": ("flwr.common.constant.ErrorCode", "flwr.supercore.run.Run"),
+    "simulations/flower_mail.py": (),
     "simulations/flower_messages.py": (
         "flwr.app.message.make_message",
         "flwr.common.constant.ErrorCode",
@@ -49,6 +51,7 @@ FLOWER_FILES: Mapping[str, tuple[str, ...]] = {
     "server/flower.py": (),
     "server/flower_channel.py": (),
     "server/flower_private.py": (),
+    "server/flower_runs.py": (),
     "fedml_core/flower_records.py": (),
     "fedml_core/flower_secure.py": (),
     GUARD: (),

@@ -18,10 +18,14 @@ from server.plan import Plan
 from server.secagg import SecureGathering
 from server.secure_exchange import Witnesses
 from simulations.virtual_sites import AnySite
-from strategies.secure import SecureAggregation
+from strategies import FedAvg
+from strategies.secure import SecAggPlus, SecureAggregation
+from strategies.strategy import Strategy
 from tests.doubles import PullChannel, data_of
 
 DIGEST = "ab" * 32
+SIZE = 7
+COUNT = 6
 Tamper = Callable[[str, int, Assignment], Assignment | None]
 """Given the exchange, the client and what it would be sent: what it is sent, or None for nothing."""
 
@@ -36,6 +40,9 @@ class Keys:
     def witnesses(self) -> Witnesses:
         """Return what a server believes."""
         return Witnesses(self.roster, DIGEST)
+
+
+KEYS = Keys(COUNT)
 
 
 class RememberedAttempts:
@@ -111,3 +118,30 @@ def secure_coordinator(strategy: SecureAggregation, channel: SecureChannel, **se
     gathering = SecureGathering(strategy, spec, ("examples", "loss"), channel.keys.witnesses)
     state = Coordinator.begin(plan, spec, torch.zeros(channel.size), "a-run")
     return Coordinator(plan, spec, state, gathering=gathering)
+
+
+def secure(inner: Strategy | None = None, **settings: object) -> SecureAggregation:
+    protocol = SecAggPlus(corrupt_share=0.2, **settings)  # type: ignore[arg-type]  # a test's own settings
+    return SecureAggregation(inner or FedAvg(), protocol, clip=8.0, max_weight=10)
+
+
+def in_the_clear(strategy: Strategy, rounds: int, without: Mapping[int, int] | None = None) -> Coordinator:
+    """Return the coordinator after rounds in the clear; `without`: the client that is lost in a round."""
+    channel = PullChannel(COUNT, SIZE)
+    plan = Plan(strategy)
+    state = Coordinator.begin(plan, channel.trainer.spec, torch.zeros(SIZE), "a-run")
+    coordinator = Coordinator(plan, channel.trainer.spec, state)
+    for report in coordinator.rounds(channel, rounds):
+        lost = (without or {}).get(report.round + 1)
+        channel.changes = {} if lost is None else {lost: lambda reply: None}
+    return coordinator
+
+
+def comes_to_the_same_as_in_the_clear(inner: Strategy, coordinator: Coordinator, channel: SecureChannel) -> None:
+    """Require of three rounds of secure sums, with everybody, the model and the examples of three in the clear."""
+    reports = list(coordinator.rounds(channel, 3))
+    expected = in_the_clear(inner, 3)
+    assert all(report.status == "ok" and report.replies == COUNT for report in reports)
+    # 2^32 / 12 steps to a range of 80: each coordinate of the sum is off by a few 10^-8 of it.
+    torch.testing.assert_close(coordinator.state.parameters, expected.state.parameters, rtol=0, atol=2e-6)
+    assert reports[-1].metrics["train"]["examples"] == sum(range(1, COUNT + 1))

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks import aggregate, secagg
 from benchmarks.compare import Contender, Result, contenders, memory_ratios, ratios, result_of
-from benchmarks.measuring import Peak, Rounds
+from benchmarks.measuring import Peak, Rounds, print_properties
 from benchmarks.secagg_roofline import Roofline, taking_turns
 from benchmarks.secagg_simulated import training, virtual
 from benchmarks.secagg_sum import SecureSum, take
@@ -48,6 +49,23 @@ def test_packed_slices_are_the_clients_own() -> None:
         alone: Any = population.load(client).train
         assert torch.equal(packed.examples.inputs[0][rows], alone.inputs[0])
         assert torch.equal(packed.examples.targets[rows], alone.targets)
+
+
+def test_properties_are_run_in_turn_and_printed_as_one_line_with_what_was_asked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found: dict[str, object] = {"a1": {"1": 0.5}, "a2": 7}
+    calls: list[str] = []
+
+    def check(name: str) -> object:
+        calls.append(name)
+        return found[name]
+
+    print_properties({"bench": "properties", "keys": 3}, {name: partial(check, name) for name in found})
+    (line,) = capsys.readouterr().out.splitlines()
+    row = json.loads(line)
+    assert calls == ["a1", "a2"] and row["bench"] == "properties" and row["keys"] == 3
+    assert row["a1"] == {"1": 0.5} and row["a2"] == 7 and row["a1_cpu_s"] >= 0 and "processors" in row
 
 
 @pytest.mark.parametrize("engine", [Sequential(), Fused()], ids=lambda engine: str(engine.name))

@@ -54,6 +54,13 @@ class Noise(Named):
         """Return the fewest rounds from one participation of a client to its next."""
         raise ConfigError(f"{type(self).__name__} must define apart")
 
+    def left_after(self, rounds: int) -> float | None:
+        """Return the variance of what is left of the noise in the sum of so many rounds' releases, in draws' own.
+
+        Independent noise would leave `rounds`. None: this noise does not say.
+        """
+        return None
+
     def transform(self, noise_multiplier: float, expected_cohort: float) -> Transform:
         """Return the transform that adds it."""
         raise ConfigError(f"{type(self).__name__} must define transform(noise_multiplier, expected_cohort)")
@@ -80,6 +87,11 @@ class TreeNoise(Noise):
     def apart(self) -> int:
         """Return the rounds of one tree."""
         return self.restart_every or self.rounds
+
+    def left_after(self, rounds: int) -> float:
+        """Return the nodes that stand: those of every tree that is over, and of the last one."""
+        over, begun = divmod(rounds, self.apart)
+        return float(over * self.apart.bit_count() + begun.bit_count())
 
     def transform(self, noise_multiplier: float, expected_cohort: float) -> Transform:
         """Return the tree."""
@@ -117,6 +129,14 @@ class BandedNoise(Noise):
         # Column j of the matrix loses what would stand below row `rounds`, so the earliest participations count most.
         columns = range(0, self.rounds, self.apart)
         return math.sqrt(sum(float(squares[min(self.bands, self.rounds - column) - 1]) for column in columns))
+
+    def left_after(self, rounds: int) -> float:
+        """Return the squared length of the last row of the prefix sums' matrix times the inverse of the banded one."""
+        banded, inverse = root_coefficients(self.bands)[1:], np.zeros(rounds)
+        for place in range(rounds):
+            before = inverse[max(0, place - len(banded)) : place][::-1]
+            inverse[place] = float(place == 0) - float(banded[: len(before)] @ before)
+        return float(np.square(np.cumsum(inverse)).sum())
 
     def transform(self, noise_multiplier: float, expected_cohort: float) -> Transform:
         """Return the matrix."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,9 +28,6 @@ from fedml_core.privacy.entropy import NoiseStream
 
 __all__ = ["Lattice"]
 
-_STEPS = 600.0 * math.sqrt(1.0 + 2.0**16 + 2.0**32)
-"""Steps to one standard deviation: three levels of the sampler's finest table, about 2^25."""
-
 _SUM_EXCESS = 2.0**-20  # n^2 2^-53 bounds what rounding adds to the influence of one of n summands
 _MOST_EXCESS = 0.01
 _MOST_STEPS = 2.0**61
@@ -39,6 +37,9 @@ _MOST_STEPS = 2.0**61
 class Lattice:
     """A grid. `step`: the distance of its points, in units of the update."""
 
+    steps: ClassVar[float] = 600.0 * math.sqrt(1.0 + 2.0**16 + 2.0**32)
+    """Steps to one standard deviation: three levels of the sampler's finest table, about 2^25."""
+
     step: float
 
     @classmethod
@@ -47,22 +48,22 @@ class Lattice:
 
         Raises: PrivacyError: if rounding alone would move so many coordinates by more than 1 % of the bound.
         """
-        moved = noise_multiplier * math.sqrt(size) / _STEPS
+        moved = noise_multiplier * math.sqrt(size) / cls.steps
         if moved + _SUM_EXCESS > _MOST_EXCESS * (1 - moved):
             raise PrivacyError(
                 f"{size} coordinates are too many for noise_multiplier {noise_multiplier:g}: rounding them would move "
                 "the sum too far; use a smaller model or less noise"
             )
-        return cls(noise_multiplier * bound * (1 + _SUM_EXCESS) / (1 - moved) / _STEPS)
+        return cls(noise_multiplier * bound * (1 + _SUM_EXCESS) / (1 - moved) / cls.steps)
 
     @property
     def sigma(self) -> float:
         """The standard deviation of the noise, in units of the update."""
-        return self.step * _STEPS
+        return self.step * self.steps
 
     def noise(self, stream: NoiseStream, count: int) -> NDArray[np.int64]:
         """Return `count` independent draws, in steps."""
-        return DiscreteGaussian(_STEPS).draw(stream, count)
+        return DiscreteGaussian(self.steps).draw(stream, count)
 
     def whole(self, values: Tensor) -> NDArray[np.int64]:
         """Return the nearest points of the grid, in steps, flattened."""

@@ -197,8 +197,6 @@ class Ledger:
                 last = place
         except CheckpointError as error:
             raise self._damaged(str(error)) from error
-        if not self._head.exists and not entries:
-            return identity, entries, last
         head = self._head.read(identity)
         if head.number > last.number:
             raise self._damaged(f"entry {last.number + 1} is missing, the head says that there are {head.number}")
@@ -267,6 +265,11 @@ class Ledger:
         if form != _FORMAT or more:
             raise self._damaged(f"it has format {form}, this version reads {_FORMAT}")
         if not self._head.exists and not run("SELECT 1 FROM entry LIMIT 1").fetchone():
+            if not make:  # whoever only reads leaves no file behind
+                raise _NotBegunError(
+                    f"{self.path} has no entry, and its head {self._head.path} does not exist; name the head that "
+                    "belongs to it, or take part in a run first"
+                )
             self._head.write(identity, beginning(identity))
 
     def _blaming(self, call: Callable[[], Any]) -> Any:

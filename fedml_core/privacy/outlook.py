@@ -2,6 +2,7 @@
 
 Guarantees: the cost after a round is what epsilon_of says of that many rounds' events.
     Noise and signal are those of one round's mean over the fixed expected cohort, whoever drops out.
+    Of noise that rounds partly take back, they are an even share of what is left in the sum of all rounds.
 Trust: the outlook is as good as the event it is given: it must be the one that the run will write.
 """
 
@@ -29,7 +30,8 @@ class Release:
     """The mean that is published: clipped updates over `expected_cohort`, with noise on their sum.
 
     `clip_norm`: in units of the update. `noise_multiplier`: of the sum, over the clip norm. `parameters`: coordinates.
-    `once`, `parts`, `of`: in words, how often, of what, and what these are together.
+    `once`, `parts`, `of`: in words, how often, of what, and what these are together. `share_of`: of how many rounds
+    that take noise back this is an even share: as many independent rounds with such noise would end with as much.
     """
 
     clip_norm: float
@@ -39,12 +41,14 @@ class Release:
     once: str = "round"
     parts: str = "updates"
     of: str = "cohort"
+    share_of: int = 1
 
     def __post_init__(self) -> None:
         """Check the numbers."""
         for name in ("clip_norm", "noise_multiplier", "expected_cohort"):
             require_number(name, getattr(self, name), above=0)
         require_whole("parameters", self.parameters, at_least=1)
+        require_whole("share_of", self.share_of, at_least=1)
 
     @property
     def noise_per_coordinate(self) -> float:
@@ -86,6 +90,7 @@ class Outlook:
             found["noise_norm"] = self.release.noise_norm
             found["aligned_signal_to_noise"] = self.release.aligned_signal_to_noise
             found["independent_signal_to_noise"] = self.release.independent_signal_to_noise
+            found["noise_shared_by_rounds"] = self.release.share_of
         return {**found, "advice": list(self.advice)}
 
 

@@ -50,7 +50,7 @@ class MaskDesk:
         return not self.left and not any(self._waiting.values())
 
     def ask(self, assistants: Collection[int]) -> dict[int, list[Subsets]]:
-        """Return which masks each assistant is to be asked for now: all that nobody answered or is asked for.
+        """Return which masks to ask each assistant for: all that nobody has answered or is being asked for.
 
         Raises: ThresholdError: if none of these is left for a mask.
         """

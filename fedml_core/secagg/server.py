@@ -22,13 +22,13 @@ from fedml_core.errors import SecureAggregationError, ThresholdError
 from fedml_core.secagg import faults
 from fedml_core.secagg.adverts import Advert, Verify, verify
 from fedml_core.secagg.bulletin import Bulletin
-from fedml_core.secagg.codec import Kind, Reader, Writer
+from fedml_core.secagg.codec import Kind, Reader
 from fedml_core.secagg.enrolment import Enrolment, require
 from fedml_core.secagg.masks import ring_type
 from fedml_core.secagg.opening import Opening
 from fedml_core.secagg.pairing import SHARE_SIZE, bound_id
 from fedml_core.secagg.parameters import Parameters
-from fedml_core.secagg.survivors import survivors_digest, write_survivors
+from fedml_core.secagg.survivors import survivors_digest, write_quorum, write_survivors
 
 __all__ = ["ServerSession"]
 
@@ -228,11 +228,7 @@ class ServerSession:
         needed = self.bulletin.quorum if self.parameters.active else 1
         if len(self.confirmations) < needed:
             raise ThresholdError(f"{len(self.confirmations)} members confirmed the survivors, the quorum is {needed}")
-        proof = sorted(self.confirmations)[:needed]
-        writer = Writer(Kind.QUORUM).number(len(proof))
-        for member in proof:
-            writer.number(member).fixed(self.confirmations[member], 64)
-        return writer.bytes()
+        return write_quorum({member: self.confirmations[member] for member in sorted(self.confirmations)[:needed]})
 
     @property
     def confirmed(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedml_core.errors import SecureAggregationError, ThresholdError
@@ -23,6 +23,7 @@ __all__ = [
     "confirmed_by",
     "read_survivors",
     "survivors_digest",
+    "write_quorum",
     "write_survivors",
 ]
 
@@ -91,6 +92,14 @@ def read_survivors(bulletin: Bulletin, message: bytes) -> Survivors:
 def survivors_digest(bound: bytes, survivors: Sequence[int]) -> bytes:
     """Return what a confirmation is signed over."""
     return digest_of("survivors", bound, packed(survivors))
+
+
+def write_quorum(confirmations: Mapping[int, bytes]) -> bytes:
+    """Return the message that proves who confirmed: each member's signature, in the order of the mapping."""
+    writer = Writer(Kind.QUORUM).number(len(confirmations))
+    for member, signature in confirmations.items():
+        writer.number(member).fixed(signature, SIGNATURE_SIZE)
+    return writer.bytes()
 
 
 def confirmed_by(survivors: Survivors, quorum: bytes, digest: bytes, bulletin: Bulletin, verify: Verify) -> int:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedml_core.checks import require_whole
-from fedml_core.errors import ConfigError
 from fedml_core.privacy.auditing import Estimate, canary_estimate, one_run_bound
 from fedml_core.privacy.goodness import SizeTest
 from server.history import History
@@ -31,7 +30,7 @@ from simulations.audit.findings import Finding, Verdict, overall
 from simulations.audit.judging import judge_canaries, judge_transcripts
 from simulations.audit.live import Live, facts_of
 from simulations.audit.mechanism import Residuals, check_bound, check_noise
-from simulations.audit.shadows import Membership, infer_membership
+from simulations.audit.shadows import Membership, infer_membership, require_shadows
 from simulations.audit.staging import masked_alone, run_masked, run_quietly, run_watched, shortened, watched_by
 from simulations.baseline import passes_of
 from simulations.simulate import Simulation
@@ -104,9 +103,7 @@ class Audit:
         if self.canaries is not None:
             require_whole("canaries", self.canaries, at_least=8, at_most=100_000)
         require_whole("search_steps", self.search_steps, at_least=1)
-        require_whole("shadows", self.shadows, at_least=0, at_most=256)
-        if self.shadows == 1:
-            raise ConfigError("shadows must be 0 or at least 2, got 1: each example is left out by half of them")
+        require_shadows("shadows", self.shadows)
 
     @property
     def rounds(self) -> int:

@@ -15,6 +15,7 @@ from simulations.audit.audit import Audit
 from simulations.audit.books import Record
 from simulations.audit.findings import Verdict
 from simulations.audit.page import JSON, PAGE, rows_of, write_audit
+from simulations.audit.shadows import require_shadows
 from simulations.configure import simulation_from
 
 __all__ = ["Request", "audit_file"]
@@ -40,6 +41,7 @@ def audit_file(console: Console, request: Request) -> Verdict:
 
     Raises: FedveilError: if the run cannot be done.
     """
+    require_shadows("--shadow-models", request.shadows)
     config = load_run(request.path, request.overrides)
     configured = Path(config.out).expanduser()
     folder = request.out or configured.with_name(f"{configured.name}-audit")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,21 +145,8 @@ def _judged(
         if bound_only:
             return Finding(what, Verdict.WARN, f"the model says the same of all of them: {error}")
         return Finding(what, Verdict.FAIL, "canaries that are not at the site leave no noise in what it releases")
-    bound, guesses, correct = one_run_bound(guessed[included], guessed[~included], delta=site.delta)
-    claim = site.claim(steps)
-    numbers = {
-        "claimed": claim.epsilon,
-        "steps": steps,
-        "steps_of_the_run": site.steps,
-        "estimate": estimate.epsilon,
-        "estimate_sd": estimate.sd,
-        "estimate_lower_999": max(0.0, estimate.epsilon - _SURE * estimate.sd),
-        "one_run_bound_95": bound,
-        "one_run_guesses": guesses,
-        "one_run_correct": correct,
-        "canaries": len(included),
-        "canaries_included": int(included.sum()),
-    }
+    proved = one_run_bound(guessed[included], guessed[~included], delta=site.delta)
+    bound, claim = proved[0], site.claim(steps)
     lower = bound if bound_only else max(bound, estimate.epsilon - _SURE * estimate.sd)
     verdict = Verdict.FAIL if lower > claim.epsilon else Verdict.PASS
     estimated = f"canaries estimate epsilon {estimate.epsilon:.3g} +- {estimate.sd:.2g}, and"
@@ -168,8 +156,24 @@ def _judged(
         said = f"{said} for the {steps} of {site.steps} steps that were attacked"
     if verdict is Verdict.PASS and not bound_only and estimate.epsilon < _TOO_WEAK * claim.epsilon:
         verdict, said = Verdict.WARN, f"{said}; too weak an audit"
-    finding = Finding(what, verdict, said, numbers)
+    numbers = {"claimed": claim.epsilon, "steps": steps, "steps_of_the_run": site.steps}
+    finding = Finding(what, verdict, said, {**numbers, **_numbers(estimate, proved, included)})
     return Attacked(finding, (averaged[included], averaged[~included]), estimate, bound, claim)
+
+
+def _numbers(estimate: Estimate, proved: tuple[float, int, int], included: NDArray[np.bool_]) -> dict[str, Any]:
+    """Return what the attack found, by the names of a finding's numbers."""
+    bound, guesses, correct = proved
+    return {
+        "estimate": estimate.epsilon,
+        "estimate_sd": estimate.sd,
+        "estimate_lower_999": max(0.0, estimate.epsilon - _SURE * estimate.sd),
+        "one_run_bound_95": bound,
+        "one_run_guesses": guesses,
+        "one_run_correct": correct,
+        "canaries": len(included),
+        "canaries_included": int(included.sum()),
+    }
 
 
 def _mislabelled(site: ExampleSite, pool: Examples, canaries: int) -> Examples | None:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedml_core.checks import require_whole
 from fedml_core.data import Examples
+from fedml_core.errors import ConfigError
 from fedml_core.privacy.membership import likelihood_ratios, logit_confidence, roc_area, tpr_at
 from fedml_core.randomness import seeded
 from fedml_core.task import Task
@@ -19,7 +21,7 @@ from fedml_core.training import Training
 from simulations.audit.example_site import AuditedTrainer
 from simulations.audit.findings import Finding, Verdict
 
-__all__ = ["RATES", "Membership", "infer_membership"]
+__all__ = ["RATES", "Membership", "infer_membership", "require_shadows"]
 
 RATES = (0.001, 0.01, 0.1)
 """The false-positive rates at which true positives are counted."""
@@ -37,6 +39,13 @@ class Membership:
         """Return true-positive rates and the area under their curve."""
         rates = {f"{rate:g}": tpr_at(self.members, self.others, rate) for rate in RATES}
         return {"tpr_at_fpr": rates, "area": roc_area(self.members, self.others), "examples": len(self.members)}
+
+
+def require_shadows(name: str, count: int) -> None:
+    """Raise ConfigError unless so many shadow models can be trained; `name`: what was set."""
+    require_whole(name, count, at_least=0, at_most=256)
+    if count == 1:
+        raise ConfigError(f"{name} must be 0 or at least 2, got 1: each example is left out by half of them")
 
 
 def infer_membership(

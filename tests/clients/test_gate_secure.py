@@ -26,8 +26,7 @@ from fedml_core.task import Task
 from fedml_core.training import Training
 from fedml_core.transform import chain
 from fedml_core.weighting import Weigh
-from tests.secure_cases import SecureChannel, secure_coordinator
-from tests.server.test_secagg import COUNT, KEYS, SIZE, secure
+from tests.secure_cases import COUNT, KEYS, SIZE, SecureChannel, secure, secure_coordinator
 
 EXAMPLES = {"noise_multiplier": 2.0, "clip_norm": 1.0, "sampling_rate": 0.5}
 EVENT = {

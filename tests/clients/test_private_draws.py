@@ -5,10 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clients.gradient_modes import Bookkeeping
@@ -19,6 +17,7 @@ from fedml_core.privacy.entropy import NoiseStream
 from fedml_core.training import Training
 from tests.clients.private_cases import private_of, trained, trainer_of
 from tests.clients.trainer_cases import classification, drawn, labelled
+from tests.fedml_core.privacy.given_words import Given
 
 SILENT = {"noise_multiplier": 1e-6, "sampling_rate": 1.0}
 ONE_STEP = Training(steps=1, batch_size=1, learning_rate=1.0)
@@ -97,18 +96,6 @@ def test_a_cache_that_grows_with_what_is_asked_is_no_memory() -> None:
             return hidden
 
     assert trained(trainer_of(classification(Growing)), labelled()).values.any()
-
-
-class Given(NoiseStream):
-    """A stream of words that a test names."""
-
-    __slots__ = ("_given",)
-
-    def __init__(self, words: list[int]) -> None:
-        self._given = words
-
-    def into(self, words: NDArray[np.uint64]) -> None:
-        words[:] = [self._given.pop(0) for _ in words]
 
 
 def test_an_example_is_in_a_batch_where_64_bits_are_below_the_rate() -> None:

@@ -18,8 +18,16 @@ from fedml_core.secagg.parameters import Parameters
 from fedml_core.training import Training
 from fedml_core.update import Update
 from simulations.virtual_sites import AnySite
-from tests.secure_cases import DIGEST, Keys, RememberedAttempts, SecureChannel, secure_coordinator
-from tests.server.test_secagg import KEYS, SIZE, secure
+from tests.secure_cases import (
+    DIGEST,
+    KEYS,
+    SIZE,
+    Keys,
+    RememberedAttempts,
+    SecureChannel,
+    secure,
+    secure_coordinator,
+)
 
 PARAMETERS = Parameters(
     run="a-run",

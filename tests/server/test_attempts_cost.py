@@ -29,9 +29,8 @@ from server.secagg import SecureGathering
 from strategies import DistributedDP, FedAvg, SecAggPlus, SecureAggregation
 from strategies.strategy import Strategy
 from tests.clients.test_gate_secure import gated
-from tests.secure_cases import SecureChannel
+from tests.secure_cases import SecureChannel, secure
 from tests.server.test_distributed import COUNT, KEYS, SIZE, noised
-from tests.server.test_secagg import secure
 
 PROTOCOL = SecAggPlus(corrupt_share=0.2, minimum=5, attempts=2)
 ACCOUNT = Account("clients", "client", "replace-special")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,23 @@ def test_a_mistake_is_blamed_on_its_table(tmp_path: Path, override: str, said: s
     config = run_of(tmp_path, "", override)
     with pytest.raises(ConfigError) as caught:
         plan_from(config)
-    assert str(caught.value).startswith(f"{tmp_path / 'run.toml'}: {said}")
+    key = override.partition("=")[0]
+    assert str(caught.value).startswith(f"{tmp_path / 'run.toml'} with --set {key}: {said}")
 
 
-def test_blaming_keeps_the_kind_of_the_error() -> None:
-    with pytest.raises(StrategyError, match=r"^run\.toml: strategy: no$"), blaming(Path("run.toml"), "strategy"):
+def test_what_the_command_line_changed_is_named_where_it_may_be_at_fault_and_nowhere_else(tmp_path: Path) -> None:
+    changes = ("strategy.mu=-1", "strategy.name=FedProx", "clients.count=3", "strategy.mu=-2", "rounds=4")
+    config, path = run_of(tmp_path, "", *changes), tmp_path / "run.toml"
+    with pytest.raises(ConfigError) as caught:
+        plan_from(config)
+    assert str(caught.value) == f"{path} with --set strategy.mu --set strategy.name: strategy: mu must be >= 0, got -2"
+    assert config.source_of("sampling") == config.source_of("clients.partition") == str(path)
+    assert config.source_of("sampling", "clients") == f"{path} with --set clients.count"
+    assert config.source_of("strategy.mu.deeper") == f"{path} with --set strategy.mu"
+
+
+def test_blaming_keeps_the_kind_of_the_error(tmp_path: Path) -> None:
+    config = run_of(tmp_path, "")
+    expected = f"^{re.escape(str(config.path))}: strategy: no$"
+    with pytest.raises(StrategyError, match=expected), blaming(config, "strategy"):
         raise StrategyError("no")

@@ -1,4 +1,4 @@
-"""What the two fleet files take from inside Flower: listed here, and checked against the installed version.
+"""What the three fleet files take from inside Flower: listed here, and checked against the installed version.
 
 A name that Flower drops, moves or gives another shape fails here first, and says which.
 """
@@ -16,8 +16,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from clients import fleet, fleet_trouble
-from server.fleet import _API, _INSECURE_ONLY, _WITH_STORE, NOT_ENROLLED, _SuperLink
+from server.fleet import _API, _INSECURE_ONLY, _WITH_STORE, NOT_ENROLLED
 from server.fleet_listener import MAX_BODY_BYTES
+from server.fleet_superlink import SuperLink
 from tests.sources import ROOT
 
 # isort: split
@@ -28,34 +29,37 @@ from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-SHARED = {
-    "flwr.app": {"Message", "RecordDict"},
-    "flwr.app.message.message": {"remove_content_from_message"},
-    "flwr.proto": {"fleet_pb2", "heartbeat_pb2", "message_pb2"},
-    "flwr.supercore.inflatable": {"inflatable_object", "inflatable_utils"},
-}
 IMPORTED = {
     "server/fleet.py": {
-        **SHARED,
-        "flwr.app": {"Array", "Message", "Metadata", "RecordDict"},
-        "flwr.app.message.message": {"make_message", "remove_content_from_message"},
-        "flwr.common.constant": {"NOOP_ACCOUNT_NAME", "NOOP_FLWR_AID", "SUPERLINK_NODE_ID", "ErrorCode", "Status"},
-        "flwr.server.superlink.linkstate.in_memory_linkstate": {"InMemoryLinkState"},
-        "flwr.supercore.constant": {"FLEET_HTTP_PUBLIC_KEY_HEADER", "NOOP_FEDERATION_ID", "TaskType"},
+        "flwr.app": {"Array"},
+        "flwr.common.constant": {"NOOP_ACCOUNT_NAME", "NOOP_FLWR_AID"},
+        "flwr.proto": {"fleet_pb2", "heartbeat_pb2", "message_pb2"},
+        "flwr.supercore.constant": {"FLEET_HTTP_PUBLIC_KEY_HEADER"},
         "flwr.supercore.error": {"FlowerError"},
         "flwr.supercore.error.catalog": {"API_ERROR_MAP"},
-        "flwr.supercore.object_store": {"NoObjectInStoreError"},
-        "flwr.supercore.object_store.in_memory_object_store": {"InMemoryObjectStore"},
-        "flwr.superlink.federation": {"NoOpFederationManager"},
+        "flwr.supercore.inflatable": {"inflatable_object"},
         "flwr.superlink.routers.fleet.node_auth": {"authenticate_node"},
         "flwr.superlink.servicer.fleet": {"fleet_handlers"},
     },
+    "server/fleet_superlink.py": {
+        "flwr.app": {"Message", "Metadata", "RecordDict"},
+        "flwr.app.message.message": {"make_message", "remove_content_from_message"},
+        "flwr.common.constant": {"NOOP_FLWR_AID", "SUPERLINK_NODE_ID", "ErrorCode", "Status"},
+        "flwr.server.superlink.linkstate.in_memory_linkstate": {"InMemoryLinkState"},
+        "flwr.supercore.constant": {"NOOP_FEDERATION_ID", "TaskType"},
+        "flwr.supercore.inflatable": {"inflatable_object", "inflatable_utils"},
+        "flwr.supercore.object_store": {"NoObjectInStoreError"},
+        "flwr.supercore.object_store.in_memory_object_store": {"InMemoryObjectStore"},
+        "flwr.superlink.federation": {"NoOpFederationManager"},
+    },
     "clients/fleet.py": {
-        **SHARED,
         "flwr.app": {"Error", "Message", "RecordDict"},
+        "flwr.app.message.message": {"remove_content_from_message"},
         "flwr.common.constant": {"ErrorCode"},
         "flwr.common.serde": {"message_from_proto", "message_to_proto"},
+        "flwr.proto": {"fleet_pb2", "heartbeat_pb2", "message_pb2"},
         "flwr.proto.node_pb2": {"Node"},
+        "flwr.supercore.inflatable": {"inflatable_object", "inflatable_utils"},
         "flwr.supernode.fleet_http_client": {"FleetHttpClient"},
         "flwr.supernode.node_auth_http_interceptor": {"NodeAuthHttpInterceptor"},
     },
@@ -101,7 +105,7 @@ def test_the_fleet_imports_exactly_what_is_listed_here_and_all_of_it_exists(file
 
 
 def test_flowers_state_and_store_have_the_methods_that_are_called() -> None:
-    link = _SuperLink()
+    link = SuperLink()
     for target, methods in ((link.links, STATE_METHODS), (link.store, STORE_METHODS)):
         for name, expected in methods.items():
             assert parameters_of(getattr(target, name))[: len(expected)] == expected, name
@@ -110,7 +114,7 @@ def test_flowers_state_and_store_have_the_methods_that_are_called() -> None:
 
 
 def test_the_run_has_no_code_no_token_and_is_running() -> None:
-    link = _SuperLink()
+    link = SuperLink()
     (run,) = link.links.get_run_info()
     assert (run.run_id, run.status.status) == (link.run_id, constant.Status.RUNNING)
     assert (run.fab_id, run.fab_hash, run.fab_version) == ("", "", "")

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 
 from fedml_core.errors import ConfigError
 from fedml_core.randomness import seeded
-from server import plots, plots_labels
+from server import plots, plots_labels, plots_privacy
 from server.plots import draw_all
 from server.round import RoundReport
 
@@ -214,7 +214,7 @@ def test_more_than_eight_metrics_go_to_further_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "draw", [plots.traffic_figure, plots.epsilon_figure, lambda r: only(plots.metric_figures(r, {}))]
+    "draw", [plots.traffic_figure, plots_privacy.spent_figure, lambda r: only(plots.metric_figures(r, {}))]
 )
 def test_void_rounds_are_shaded_and_named_once(draw: Any) -> None:
     figure = draw(history(9))
@@ -232,7 +232,7 @@ def test_void_rounds_are_shaded_and_named_once(draw: Any) -> None:
 
 
 def test_without_void_rounds_nothing_is_shaded() -> None:
-    (axes,) = existing(plots.epsilon_figure([{"round": 1, "epsilon": 1.0}])).axes
+    (axes,) = existing(plots_privacy.spent_figure([{"round": 1, "epsilon": 1.0}])).axes
     assert not axes.patches
     assert axes.get_legend() is None
 
@@ -306,7 +306,7 @@ def test_the_last_report_of_a_round_counts_and_rounds_are_sorted(tmp_path: Path)
 
 
 def test_epsilon_is_drawn_from_zero_with_its_last_value_in_the_title() -> None:
-    (axes,) = existing(plots.epsilon_figure([{"round": 1, "epsilon": 0.5}, {"round": 2, "epsilon": 0.75}])).axes
+    (axes,) = existing(plots_privacy.spent_figure([{"round": 1, "epsilon": 0.5}, {"round": 2, "epsilon": 0.75}])).axes
     assert ordinates(axes.get_lines()[0].get_ydata()) == [0.5, 0.75]
     assert axes.get_ylim()[0] == 0
     assert axes.get_title(loc="left") == "Privacy spent: epsilon 0.7500 after round 2"
@@ -359,7 +359,7 @@ DRAW: dict[str, Any] = {
     "metrics": lambda reports: only(plots.metric_figures(reports, {"loss": 0.1, "accuracy": 0.95})),
     "traffic": plots.traffic_figure,
     "participation": plots.participation_figure,
-    "epsilon": plots.epsilon_figure,
+    "epsilon": plots_privacy.spent_figure,
 }
 
 
@@ -464,8 +464,8 @@ def test_epsilon_of_clients_and_of_examples_are_two_curves_and_of_examples_alone
         {"unit": "example", "epsilon": 2.0, "delta": 1e-5},
     )
     both = [{"round": 1, "epsilon": 0.5, "privacy": client, "example_privacy": example}]
-    (axes,) = existing(plots.epsilon_figure(both)).axes
+    (axes,) = existing(plots_privacy.spent_figure(both)).axes
     assert [float(np.asarray(line.get_ydata())[0]) for line in axes.lines] == [0.5, 2.0]
     assert axes.get_legend_handles_labels()[1] == ["client", "example"]
-    (axes,) = existing(plots.epsilon_figure([{**both[0], "epsilon": 2.0, "privacy": example}])).axes
+    (axes,) = existing(plots_privacy.spent_figure([{**both[0], "epsilon": 2.0, "privacy": example}])).axes
     assert len(axes.lines) == 1

@@ -181,6 +181,17 @@ def test_minimum_separation_keeps_every_client_away_for_that_long(clients: range
     assert [s.separation for s in SAMPLINGS] == [1, 1, 1, 4]
 
 
+@pytest.mark.parametrize("clients", [range(3, 103), range(2), [5, 9, 2, 33, 6], range(0, 100, 4)])
+def test_no_cohort_has_fewer_or_more_clients_than_its_sampling_says(clients: range | list[int]) -> None:
+    for sampling in (*SAMPLINGS, Sampling()):
+        fewest, most = sampling.sizes(clients)
+        found = {len(sampling.cohort(clients, number, 7)) for number in range(1, 60)}
+        assert fewest <= min(found) <= max(found) <= most <= len(clients)
+        if fewest == most:
+            assert found == {most}
+    assert MinimumSeparation(4).sizes(range(10)) == (2, 3) and EveryClient().sizes([4, 7]) == (2, 2)
+
+
 def test_minimum_separation_looks_at_its_cohort_alone() -> None:
     assert len(MinimumSeparation(10**8).cohort(range(10**9), 1, 0)) == 10
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,46 +11,26 @@ import torch
 
 from clients.replay import ReplayCounter
 from fedml_core.messages import Assignment, Failure, Refusal, SecureAnswer, SecureWork
-from server.coordinator import Coordinator
-from server.plan import Plan
 from strategies import FedAdam, FedAvg, FedProx, Scaffold
 from strategies.secure import AdaptiveRange, SecAggPlus, SecureAggregation
 from strategies.strategy import Strategy
-from tests.doubles import PullChannel
-from tests.secure_cases import Keys, SecureChannel, secure_coordinator
-
-SIZE = 7
-COUNT = 6
-KEYS = Keys(COUNT)
-
-
-def secure(inner: Strategy | None = None, **settings: object) -> SecureAggregation:
-    protocol = SecAggPlus(corrupt_share=0.2, **settings)  # type: ignore[arg-type]  # a test's own settings
-    return SecureAggregation(inner or FedAvg(), protocol, clip=8.0, max_weight=10)
-
-
-def in_the_clear(strategy: Strategy, rounds: int, without: Mapping[int, int] | None = None) -> Coordinator:
-    """Return the coordinator after rounds in the clear; `without`: the client that is lost in a round."""
-    channel = PullChannel(COUNT, SIZE)
-    plan = Plan(strategy)
-    state = Coordinator.begin(plan, channel.trainer.spec, torch.zeros(SIZE), "a-run")
-    coordinator = Coordinator(plan, channel.trainer.spec, state)
-    for report in coordinator.rounds(channel, rounds):
-        lost = (without or {}).get(report.round + 1)
-        channel.changes = {} if lost is None else {lost: lambda reply: None}
-    return coordinator
+from tests.secure_cases import (
+    COUNT,
+    KEYS,
+    SIZE,
+    SecureChannel,
+    comes_to_the_same_as_in_the_clear,
+    in_the_clear,
+    secure,
+    secure_coordinator,
+)
 
 
 @pytest.mark.parametrize("active", [True, False])
 @pytest.mark.parametrize("inner", [FedAvg(), FedAdam(), FedProx(mu=0.1), Scaffold(population=COUNT)], ids=repr)
 def test_any_additive_strategy_runs_unchanged_under_secure_aggregation(inner: Strategy, active: bool) -> None:
-    coordinator = secure_coordinator(secure(inner, active=active), channel := SecureChannel(KEYS, SIZE))
-    reports = list(coordinator.rounds(channel, 3))
-    expected = in_the_clear(inner, 3)
-    assert all(report.status == "ok" and report.replies == COUNT for report in reports)
-    # 2^32 / 12 steps to a range of 80: each coordinate of the sum is off by a few 10^-8 of it.
-    torch.testing.assert_close(coordinator.state.parameters, expected.state.parameters, rtol=0, atol=2e-6)
-    assert reports[-1].metrics["train"]["examples"] == sum(range(1, COUNT + 1))
+    channel = SecureChannel(KEYS, SIZE)
+    comes_to_the_same_as_in_the_clear(inner, secure_coordinator(secure(inner, active=active), channel), channel)
 
 
 def test_a_cohort_that_stays_waits_for_three_exchanges_a_round() -> None:

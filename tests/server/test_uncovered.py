@@ -16,7 +16,7 @@ from fedml_core.weighting import Uniform
 from server.coordinator import Coordinator
 from server.history import read_history, summarise
 from server.plan import EarlyStopping, EvaluationPlan, Plan
-from server.plots import epsilon_figure
+from server.plots_privacy import spent_figure
 from server.report import read_run, write_report
 from server.round import RoundReport
 from server.sampling import EveryClient
@@ -113,9 +113,9 @@ def test_the_history_the_report_and_the_picture_have_it_too(tmp_path: Path) -> N
     assert read_history(tmp_path)[0].privacy == REPORTS[0].privacy
     assert f"| beside it | {SAID} |" in write_report(read_run(tmp_path), plots=False).read_text()
     rows = [json.loads(json.dumps(report.to_json())) for report in REPORTS]
-    figure = epsilon_figure(rows)
+    figure = spent_figure(rows)
     assert figure is not None and SAID in figure.axes[0].get_title(loc="left").replace("\n", " ").replace("\\", "")
-    quiet = epsilon_figure(rows[2:])
+    quiet = spent_figure(rows[2:])
     assert quiet is not None and "not covered" not in quiet.axes[0].get_title(loc="left")
 
 

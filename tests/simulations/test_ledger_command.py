@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from clients.policy import Policy
+from fedml_core.errors import PrivacyError, RefusalError, RunError
 from fedml_core.privacy.accounting import epsilon_of
 from fedml_core.privacy.ledger import Account, Ledger, Purpose
 from simulations.app import app
@@ -105,10 +107,24 @@ def test_a_ledger_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         assert "does not exist" in run("ledger", word, str(tmp_path / "none.sqlite"), code=2)["error"]
 
 
+@pytest.mark.parametrize("word", ["show", "verify", "export"])
+def test_a_ledger_without_entries_is_none_where_its_head_is_not_and_reading_leaves_no_file(
+    tmp_path: Path, word: str
+) -> None:
+    begun = Ledger(tmp_path / "ledger.sqlite")
+    begun.digest([b"data"])  # which makes the ledger and its head, and no entry
+    words, other = ("ledger", word, str(begun.path)), tmp_path / "other" / "ledger.head"
+    assert CliRunner().invoke(app, words).exit_code == 0
+    error = run(*words, "--head", str(other), code=2)["error"]
+    assert error.startswith(f"{begun.path} has no entry, and its head {other} does not exist; name the head")
+    assert "does not exist" in run("ledger", word, str(tmp_path / "none"), "--head", str(other), code=2)["error"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ledger.sqlite", "ledger.sqlite.head"]
+
+
 def test_a_dry_run_tells_which_round_the_budget_would_refuse_and_writes_nothing(site: Path) -> None:
     (site / "run.toml").write_text(f'task = "task.py"\nrounds = 40\n{PRIVATE}')
     before = Ledger(site / "memory" / "ledger.sqlite").verify()
-    found = run("dry-run", str(site), str(site))
+    found = run("dry-run", str(site), str(site), code=1)
     first, last = found["rounds"]
     assert (found["answer"], found["protection"]) == ("refused", "central")
     assert first == {"round": 1, "rule": None, "reason": None}
@@ -137,9 +153,28 @@ def test_a_dry_run_tells_which_round_the_budget_would_refuse_and_writes_nothing(
 )
 def test_a_dry_run_says_the_refusal_that_the_site_would_say(site: Path, text: str, rule: str, reason: str) -> None:
     (site / "run.toml").write_text(f'task = "task.py"\n{text}')
-    found = run("dry-run", str(site), str(site))
+    found = run("dry-run", str(site), str(site), code=1)
     assert found["answer"] == "refused"
     assert found["rounds"] == [{"round": 1, "rule": rule, "reason": reason}]
+
+
+def test_a_dry_run_ends_as_a_refused_run_does_and_says_so(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (site / "run.toml").write_text(f'task = "task.py"\nrounds = 40\n{PRIVATE}')
+    done = CliRunner().invoke(app, ["dry-run", str(site), str(site)])
+    assert done.exit_code == RefusalError("epsilon", "no").exit_code == RunError("void").exit_code == 1
+    assert done.stderr == "error: round 19 would be refused, so this ends with 1, as a refused run does\n"
+    assert run("dry-run", str(site), str(site), code=1)["exit_code"] == 1
+
+    def unaccountable(*_: object) -> None:
+        raise PrivacyError("nothing accounts for this noise")
+
+    monkeypatch.setattr(Policy, "check", unaccountable)
+    found = run("dry-run", str(site), str(site), code=2)
+    assert found["rounds"] == [{"round": 1, "rule": "privacy", "reason": "nothing accounts for this noise"}]
+    monkeypatch.undo()
+    (site / "run.toml").write_text(f'task = "task.py"\nrounds = 2\n{PRIVATE}')
+    done = CliRunner().invoke(app, ["dry-run", str(site), str(site)])
+    assert (done.exit_code, done.stderr) == (0, "")
 
 
 def test_a_dry_run_holds_a_secure_sum_against_the_sites_own_floor(site: Path) -> None:
@@ -149,7 +184,7 @@ def test_a_dry_run_holds_a_secure_sum_against_the_sites_own_floor(site: Path) ->
     (site / "site.toml").write_text(
         'id = 0\ntask = "task.py"\n[secure_aggregation]\nallow_semi_honest = true\nminimum_cohort = 30\n'
     )
-    (row,) = run("dry-run", str(site), str(site))["rounds"]
+    (row,) = run("dry-run", str(site), str(site), code=1)["rounds"]
     assert row["rule"] == "minimum_cohort"
     (site / "site.toml").write_text('id = 0\ntask = "task.py"\n[secure_aggregation]\nallow_semi_honest = true\n')
     assert run("dry-run", str(site), str(site))["protection"] == "secure-aggregation"
@@ -161,7 +196,7 @@ def test_a_dry_run_holds_the_assistants_against_those_whom_the_site_trusts(site:
     (site / "run.toml").write_text(f'task = "task.py"\n[strategy]\n{named}\n{protocol}\n')
     text = 'id = 0\ntask = "task.py"\n[secure_aggregation]\nallow_semi_honest = true\nassistants = '
     (site / "site.toml").write_text(f"{text}[0, 1]\n")
-    (row,) = run("dry-run", str(site), str(site))["rounds"]
+    (row,) = run("dry-run", str(site), str(site), code=1)["rounds"]
     assert (row["rule"], row["reason"]) == (
         "assistants",
         "the server names the assistants 0, 1, 2, this site's assistants are 0, 1; it must do without 2",
@@ -174,7 +209,7 @@ def test_a_dry_run_tells_what_a_limit_for_each_round_would_say(site: Path) -> No
     (site / "run.toml").write_text(f'task = "task.py"\nrounds = 5\n{PRIVATE}')
     text = (site / "site.toml").read_text()
     (site / "site.toml").write_text(text.replace("epsilon = 8.0", "epsilon_per_round = 1.0"))
-    assert run("dry-run", str(site), str(site))["rounds"][0]["rule"] == "epsilon_per_round"
+    assert run("dry-run", str(site), str(site), code=1)["rounds"][0]["rule"] == "epsilon_per_round"
     (site / "site.toml").write_text(text.replace("epsilon = 8.0", "epsilon_per_round = 2.0"))
     assert run("dry-run", str(site), str(site))["answer"] == "answered"
 
@@ -186,7 +221,7 @@ def test_a_dry_run_tells_what_a_sites_own_protection_of_examples_would_cost_and_
     )
     (site / "site.toml").write_text(protecting)
     (site / "run.toml").write_text('task = "task.py"\nrounds = 40\n')
-    found = run("dry-run", str(site), str(site))
+    found = run("dry-run", str(site), str(site), code=1)
     assert (found["answer"], found["protection"]) == ("refused", "example")
     assert (found["rounds"][-1]["rule"], found["rounds"][0]["rule"]) == ("epsilon", None)
     first, last = found["example_privacy"]
@@ -198,7 +233,7 @@ def test_a_dry_run_tells_what_a_sites_own_protection_of_examples_would_cost_and_
         assert cost == {"round": cost["round"], **exact.to_json()}
     assert first["epsilon"] < last["epsilon"] <= 8.0
     (site / "site.toml").write_text(f"{protecting}[policy.example]\nminimum_noise_multiplier = 2.0\n")
-    refused = run("dry-run", str(site), str(site))
+    refused = run("dry-run", str(site), str(site), code=1)
     assert refused["rounds"][0]["rule"] == "example.minimum_noise_multiplier" and refused["example_privacy"] == []
 
 

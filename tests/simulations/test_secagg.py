@@ -9,9 +9,10 @@ import torch
 
 from fedml_core import ConfigError, PrivacyError, StrategyError, Training
 from fedml_core.weighting import Uniform
-from server import FixedSampling, History, RoundReport
+from server import FixedSampling, History, MinimumSeparation, PoissonSampling, RoundReport
 from simulations import Faults, Fused, Processes, Sequential, Vectorised, simulate
 from simulations.engines.engine import Engine
+from simulations.simulate import Simulation
 from simulations.virtual_sites import VirtualRoster
 from strategies import (
     AssistedOneShot,
@@ -95,6 +96,39 @@ def test_clients_whose_update_is_not_finite_drop_out_before_they_send_anything()
     assert torch.isfinite(history.parameters).all()
     excluded = [row for report in history.reports for row in report.excluded]
     assert excluded and {row.rule for row in excluded} <= {"non-finite", "diverged"}
+
+
+@pytest.mark.parametrize(
+    ("minimum", "changes"),
+    [
+        (13, {}),
+        (6, {"sampling": FixedSampling(5)}),
+        (5, {"sampling": MinimumSeparation(3)}),
+        (13, {"sampling": PoissonSampling(0.5)}),
+        (13, {"faults": Faults(unavailable=0.5)}),
+    ],
+)
+def test_a_minimum_that_no_cohort_reaches_is_refused_before_anything_runs(minimum: int, changes: Any) -> None:
+    """What all rounds would be void for, known from the start."""
+    most = minimum - 1
+    expected = f"a round asks {most} members at most, and the minimum is {minimum}; ask more, or lower"
+    with pytest.raises(ConfigError, match=expected):
+        Simulation(TASK, secure(minimum=minimum), clients=12, **changes)
+    assisted = SecureAggregation(FedAvg(), AssistedOneShot(assistants=(0, 1, 2), minimum=minimum), max_weight=100)
+    with pytest.raises(ConfigError, match=expected):
+        Simulation(TASK, assisted, clients=12, **changes)
+    Simulation(TASK, secure(minimum=most), clients=12, **changes)
+
+
+def test_more_clients_than_the_noise_has_room_for_are_refused_before_anything_runs() -> None:
+    inner = DistributedDP(FedAvg(weighting=Uniform()), 1.0, 1.0, 1e-5, 30, cohort_size=10, honest=4)
+    strategy = SecureAggregation(inner, SecAggPlus(minimum=6, corrupt_share=0.2))
+    with pytest.raises(PrivacyError, match="12 clients are in a sum that has room for 10; ask fewer"):
+        Simulation(TASK, strategy, clients=12)
+    # Here some rounds may ask few enough.
+    Simulation(TASK, strategy, clients=12, faults=Faults(unavailable=0.2))
+    Simulation(TASK, strategy, clients=12, sampling=PoissonSampling(0.8))
+    Simulation(TASK, strategy, clients=12, sampling=FixedSampling(10))
 
 
 def test_a_sampled_cohort_makes_a_session_of_its_own_every_round() -> None:

@@ -6,13 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from fedml_core.errors import PrivacyError
 from fedml_core.privacy import discrete
 from fedml_core.privacy.cells import CellTable, exact_table, left_over
 from fedml_core.privacy.entropy import NoiseStream
 from fedml_core.privacy.tables import AliasTable, symmetric_weights
+from tests.fedml_core.privacy.given_words import Given
 
 CELL = 1 << 112
 WHOLE = 1 << 128
@@ -42,26 +42,11 @@ def test_cells_and_what_is_left_over_hold_exactly_the_named_weights(name: str) -
     assert held(CellTable(-7, weights), weights) == [weight << 16 for weight in weights]
 
 
-class Given(NoiseStream):
-    """A stream that begins with words that a test names, and goes on with an ordinary one's."""
-
-    __slots__ = ("_given", "_rest")
-
-    def __init__(self, words: NDArray[np.uint64]) -> None:
-        self._given, self._rest = words, NoiseStream(b"g" * 32)
-
-    def into(self, words: NDArray[np.uint64]) -> None:
-        if len(self._given):
-            words[:], self._given = self._given[: len(words)], self._given[len(words) :]
-        else:
-            self._rest.into(words)
-
-
 def test_every_cell_gives_its_value_and_the_last_ones_send_the_draw_on() -> None:
     weights = [1 << 127, 1 << 126, (1 << 126) - CELL, CELL // 4, CELL - CELL // 4]
     every = np.arange(65536, dtype="<u2")
     drawn = np.empty(65536, dtype=np.int64)
-    CellTable(0, weights).draw_into(Given(every.view("<u8")), drawn)
+    CellTable(0, weights).draw_into(Given(every.view("<u8"), NoiseStream(b"g" * 32)), drawn)
     assert left_over(weights) == 1
     assert np.bincount(drawn[:-1], minlength=5).tolist() == [32768, 16384, 16383, 0, 0]
     assert drawn[-1] in (3, 4)

@@ -12,7 +12,7 @@ import torch
 from fedml_core.errors import ConfigError, PrivacyError
 from fedml_core.model import ModelSpec
 from fedml_core.privacy.clipping import ClipByNorm
-from fedml_core.privacy.correlated import BandedNoise, ServerBanded, ServerTree, TreeNoise, root_coefficients
+from fedml_core.privacy.correlated import BandedNoise, Noise, ServerBanded, ServerTree, TreeNoise, root_coefficients
 from fedml_core.transform import Draws, State, Transform, chain
 from fedml_core.update import Total
 from fedml_core.wire import from_frame, to_frame
@@ -53,6 +53,19 @@ def test_a_new_tree_adds_to_what_the_old_ones_left() -> None:
     assert tree.event() == {"name": "tree", "noise_multiplier": 1.0, "steps": 4, "restarts": 1}
     assert ServerTree(1.0, 1.0, TreeNoise(rounds=9, restart_every=4)).event()["restarts"] == 2
     assert ServerTree(1.0, 1.0, TreeNoise(rounds=9)).event()["restarts"] == 0
+
+
+@pytest.mark.parametrize(("rounds", "bands"), [(1, 1), (6, 1), (6, 6), (17, 4), (3, 5)])
+def test_what_is_left_of_banded_noise_is_that_of_the_inverted_matrix(rounds: int, bands: int) -> None:
+    size = max(rounds, bands)
+    matrix = sum(np.diag(np.full(size - i, c), -i) for i, c in enumerate(root_coefficients(bands)))
+    exact = np.square(np.linalg.inv(matrix)[:rounds].sum(axis=0)).sum()
+    assert BandedNoise(rounds=size, bands=bands).left_after(rounds) == pytest.approx(float(exact), rel=1e-12)
+
+
+def test_what_is_left_of_trees_is_their_standing_nodes_and_other_noise_does_not_say() -> None:
+    assert [TreeNoise(rounds=8, restart_every=4).left_after(n) for n in range(1, 9)] == [1, 1, 2, 1, 2, 2, 3, 2]
+    assert Noise(rounds=3).left_after(2) is None
 
 
 def test_a_client_that_takes_part_once_touches_as_many_nodes_as_the_accountant_counts() -> None:

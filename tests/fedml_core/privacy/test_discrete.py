@@ -18,6 +18,7 @@ from fedml_core.privacy import discrete, tables
 from fedml_core.privacy.discrete import DiscreteGaussian, Skellam
 from fedml_core.privacy.entropy import NoiseStream
 from fedml_core.privacy.tables import AliasTable, symmetric_weights
+from tests.fedml_core.privacy.given_words import Given
 
 Integers = NDArray[np.int64]
 COUNT = 400_000
@@ -128,18 +129,6 @@ def test_no_value_without_a_weight_is_drawn() -> None:
     AliasTable(10, weights).draw_into(NoiseStream(b"n" * 32), drawn)
     assert sorted(set(drawn.tolist())) == [10, 13, 15]
     assert abs(np.mean(drawn == 10) - 0.5) < 0.007  # more than four standard deviations
-
-
-class Given(NoiseStream):
-    """A stream of words that a test names."""
-
-    __slots__ = ("_given",)
-
-    def __init__(self, words: list[int]) -> None:
-        self._given = words
-
-    def into(self, words: NDArray[np.uint64]) -> None:
-        words[:] = [self._given.pop(0) for _ in words]
 
 
 def test_a_tie_of_first_words_is_settled_by_the_second() -> None:

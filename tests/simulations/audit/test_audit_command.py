@@ -95,4 +95,8 @@ def test_bad_input_is_one_line_and_2(tmp_path: Path) -> None:
     result = fedveil("audit", run, "--canaries", "1", "--out", tmp_path / "out", "--json", "--quiet")
     assert result.exit_code == 2
     assert last_json(result)["error"] == "canaries must be >= 8 and <= 100000, got 1"
+    for shadows, said in (("-1", "must be >= 0 and <= 256, got -1"), ("1", "must be 0 or at least 2, got 1: each")):
+        result = fedveil("audit", run, "--shadow-models", shadows, "--out", tmp_path / "out", "--json", "--quiet")
+        assert result.exit_code == 2
+        assert last_json(result)["error"].startswith(f"--shadow-models {said}")
     assert fedveil("audit", tmp_path / "none.toml", "--json", "--quiet").exit_code == 2
