@@ -22,6 +22,7 @@ from simulations.packing import Packed
 from simulations.partition import DataOutline, Partitioner
 from simulations.partition_contract import whole
 from simulations.sources.generated import Generated
+from simulations.sources.held import Held
 
 
 class Population(Protocol):
@@ -169,6 +170,20 @@ def partition(task: Task, partitioner: Partitioner, clients: int, *, seed: int, 
     labels = targets.numpy() if targets.dim() == 1 else None
     outline = DataOutline(len(pool), labels, groups)
     return Partitioned(pool, partitioner.split(outline, clients, seed), holdout, seed)
+
+
+def given_clients(clients: Population | Sequence[Data | ClientData]) -> Population:
+    """Return the clients that a user gave: as they are, or those who hold the parts of a list.
+
+    Raises: ConfigError: if they are neither.
+    """
+    if isinstance(clients, list | tuple):
+        return Held(clients)
+    if not all(hasattr(clients, name) for name in ("__len__", "load", "counts", "pack")):
+        raise ConfigError(
+            f"clients must be a number, a list with each client's data, or a source, got {type(clients).__name__}"
+        )
+    return clients  # type: ignore[return-value]  # which has a population's methods, as far as can be seen
 
 
 def population_of(task: Task, partitioner: Partitioner, clients: int, *, seed: int, holdout: float = 0.0) -> Population:

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from clients.private_training import PrivateTraining
     from fedml_core.privacy.terms import Terms
 
-__all__ = ["EXAMPLES_DIFFER", "PrivateClients", "require_counted"]
+__all__ = ["EXAMPLES_DIFFER", "NOISE_IS_FRESH", "PrivateClients", "require_counted"]
 
 EXAMPLES_DIFFER = "add-or-remove-one"
 """How two data sets differ that DP-SGD with Poisson batches cannot tell apart."""
+
+NOISE_IS_FRESH = "private training draws fresh noise each time, so deterministic = true cannot be kept"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from clients.memory import InProcessMemory, MemoryStore
 from clients.spilling_memory import SpillingMemory
 from clients.torch_trainer import TorchTrainer
+from fedml_core.data import ClientData, Data
 from fedml_core.errors import CheckpointError, ConfigError
 from fedml_core.named import nearest
 from fedml_core.policy_tables import BudgetTable
@@ -32,7 +33,7 @@ from simulations.engines.suited import Suited
 from simulations.faults import Faults
 from simulations.partition import Iid
 from simulations.partition_contract import Partitioner
-from simulations.population import Population, population_of
+from simulations.population import Population, given_clients, population_of
 from simulations.private_clients import PrivateClients, require_counted
 from simulations.virtual_time import Fleet, VirtualClock, reached, require_same
 from strategies.strategy import Strategy
@@ -50,7 +51,8 @@ _CLOCK = "clock"  # where a checkpoint keeps the virtual time, beside the client
 class Simulation:
     """A simulated federation: what `simulate` takes by name.
 
-    `clients`: how many, or the clients themselves, such as a source: `NpzClients("data")`. `rounds`: in all, resumed
+    `clients`: how many, or the clients themselves: a list with each one's data, or a source, such as
+    `NpzClients("data")`. `rounds`: in all, resumed
     ones included. `partition`: how pooled examples are shared out. `holdout`: the share that each client keeps aside.
     `sampling`: each round's cohort. `device`: "auto", "cpu", "cuda", ... `seed`: of everything that must reproduce.
     `fleet`: the devices to pretend to run on; `round_timeout_s`: the deadline on their virtual clock. Without a fleet
@@ -62,7 +64,7 @@ class Simulation:
 
     task: Task
     strategy: Strategy
-    clients: int | Population = 10
+    clients: int | Population | Sequence[Data | ClientData] = 10
     rounds: int = 10
     sampling: Sampling = field(default_factory=EveryClient)
     training: Training = field(default_factory=Training)
@@ -83,7 +85,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         """Check what can be checked before any data is loaded."""
-        count = self.clients if isinstance(self.clients, int) else len(self.clients)
+        count = self.clients if isinstance(self.clients, int) else len(self.population)
         if count < 1:
             raise ConfigError(f"clients must be >= 1, got {count}")
         if self.rounds < 1:
@@ -118,9 +120,9 @@ class Simulation:
     @cached_property
     def population(self) -> Population:
         """Return the clients."""
-        if not isinstance(self.clients, int):
-            return self.clients
-        return population_of(self.task, self.partition, self.clients, seed=self.seed, holdout=self.holdout)
+        if isinstance(self.clients, int):
+            return population_of(self.task, self.partition, self.clients, seed=self.seed, holdout=self.holdout)
+        return given_clients(self.clients)
 
     @cached_property
     def trainer(self) -> TorchTrainer:

@@ -13,6 +13,7 @@ from fedml_core.memory_layout import MemoryLayout
 from fedml_core.messages import Arrival, Assignment, TrainWork
 from simulations.engines.engine import Engine, Session, Stage, arrival_of
 from simulations.prefetch import announce
+from simulations.private_clients import NOISE_IS_FRESH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Sequential(Engine):
     def open(self, stage: Stage) -> Session:
         """Return a session that shares one trainer among all clients."""
         if stage.private is not None and self.deterministic:
-            raise ConfigError("private training draws fresh noise each time, so deterministic = true cannot be kept")
+            raise ConfigError(NOISE_IS_FRESH)
         stage.trainer.configure(self.memory_layout, deterministic=self.deterministic, tell=stage.tell)
         return OneByOne(stage, self.skip_failures, self.memory_layout)
 

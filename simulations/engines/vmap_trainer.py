@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from clients.optimizers import OptimizerFactory, make_optimizer
 from clients.torch_trainer import has_batch_norm
 from fedml_core.data import Examples
-from fedml_core.devices import precision_context, seeded_torch
+from fedml_core.devices import deterministic_torch, precision_context, seeded_torch
 from fedml_core.errors import TaskError
 from fedml_core.evaluation import Evaluator
 from fedml_core.randomness import seed_of
@@ -48,12 +48,18 @@ class VmapTrainer(BatchTrainer):
     """
 
     def __init__(
-        self, task: Task, seed: int = 0, *, device: str = "auto", optimizer: OptimizerFactory | None = None
+        self,
+        task: Task,
+        seed: int = 0,
+        *,
+        device: str = "auto",
+        deterministic: bool = False,
+        optimizer: OptimizerFactory | None = None,
     ) -> None:
         self._bench = Evaluator(task, seed, device=device)
         self._model = BatchedModel(self._bench)
         self.linears = self._model.linears
-        self._optimizer = optimizer
+        self._deterministic, self._optimizer = deterministic, optimizer
         self._coupling: Coupling | None = None
         self._blocks: list[Tensor] | None = None
         self.graphs = StepGraphs.on(self._bench.device, self._bench.module)
@@ -87,7 +93,7 @@ class VmapTrainer(BatchTrainer):
         device = self._bench.device
         try:
             seeded = seeded_torch(seed_of(*work.purpose, "train"), device)
-            with memory_named(), seeded, self._model.running(work.purpose):
+            with deterministic_torch(self._deterministic), memory_named(), seeded, self._model.running(work.purpose):
                 return self._descend(work, f"at round {work.round}")
         except OWN_ERRORS:
             raise

@@ -4,6 +4,7 @@ Importing this package makes every source known by name.
 """
 
 from simulations.sources.generated import Generated
+from simulations.sources.held import Held
 from simulations.sources.npz import NpzClients
 from simulations.sources.parquet import ParquetClients
 from simulations.sources.safetensors_files import SafetensorsClients
@@ -12,6 +13,7 @@ from simulations.sources.write import write_packed
 
 __all__ = [
     "Generated",
+    "Held",
     "NpzClients",
     "ParquetClients",
     "Reader",

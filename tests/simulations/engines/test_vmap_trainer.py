@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,8 +16,11 @@ from fedml_core.errors import ConfigError, StrategyError
 from fedml_core.task import Task
 from fedml_core.training import Training
 from fedml_core.transform import Guide
+from simulations import simulate
 from simulations.engines.batch_trainer import UnsupportedError
+from simulations.engines.engine import Engine
 from simulations.engines.vmap_trainer import VmapTrainer
+from strategies import FedAvg
 from tests.simulations.engines.vmap_cases import (
     IMAGE,
     MODELS,
@@ -170,6 +173,29 @@ def test_a_buffer_that_a_model_replaces_is_each_clients_own() -> None:
             return self.leave(x + self.seen)  # type: ignore[no-any-return]
 
     check(Task.classification(model=Counting, classes=3), cohort(VECTOR, [4, 8, 4]), TRAINING)
+
+
+class Witness(nn.Linear):
+    """Remembers whether torch was to choose deterministic algorithms."""
+
+    seen: ClassVar[list[bool]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(torch.are_deterministic_algorithms_enabled())
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_algorithms_are_chosen_while_clients_train_and_no_longer(wanted: bool) -> None:
+    Witness.seen.clear()
+    parts = cohort(VECTOR, SIZES)
+    task = Task.classification(model=lambda: Witness(5, 3), classes=3)
+    engine = Engine.from_config({"name": "vectorised", "deterministic": wanted, "clients_at_once": 3})
+    found = simulate(task, FedAvg(), clients=parts, rounds=2, training=TRAINING, engine=engine, device="cpu")
+    assert all(flag == wanted for flag in Witness.seen[1:]) and wanted in Witness.seen
+    assert not torch.are_deterministic_algorithms_enabled()
+    plain = simulate(task, FedAvg(), clients=parts, rounds=2, training=TRAINING, device="cpu")
+    torch.testing.assert_close(found.parameters, plain.parameters, rtol=1e-5, atol=1e-6)
 
 
 def test_the_order_of_clients_changes_nothing() -> None:
