@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
-import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +19,6 @@ __all__ = [
     "deterministic_torch",
     "fitting_threads",
     "gradient_scaler",
-    "keep_freed_memory",
     "precision_context",
     "seeded_torch",
 ]
@@ -30,8 +27,6 @@ _turns = itertools.count()
 _SMALL = 1_000_000
 _LARGE_STEPS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-# glibc's numbers for M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD; of each one's values, the first it takes counts.
-_MALLOC = ((-3, (1 << 30, 32 << 20)), (-1, ((1 << 31) - 1,)), (-2, (64 << 20,)))
 _LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -84,19 +79,6 @@ def fitting_threads(module: nn.Module) -> int | None:
     if any(isinstance(part, _LARGE_STEPS) for part in module.modules()):
         return None
     return 1 if sum(parameter.numel() for parameter in module.parameters()) < _SMALL else None
-
-
-def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees, for the next step to use; return whether the system can.
-
-    For processes of ours only, such as workers: it holds for the whole process until it ends, which
-    then never grows smaller than it once was. The system hands out fresh memory page by page, which for a convolutional
-    model's activations and gradients takes up to a tenth of a step. Linux with glibc; nothing happens elsewhere.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    return all(any(libc.mallopt(option, value) == 1 for value in values) for option, values in _MALLOC)
 
 
 @contextmanager

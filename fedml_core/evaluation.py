@@ -61,7 +61,7 @@ class Evaluator:
         self.threads = fitting_threads(self.module)
         self._exact = all(tensor.dtype == "float32" for tensor in (*self.spec.parameters, *self.spec.buffers))
         self._rest = _Rest.of(self.module, self.spec)
-        self.channels_last = False
+        self.channels_last, self._gave_up = False, False
         self.lay_out(memory_layout, tell)
 
     def initial(self) -> Tensor:
@@ -69,12 +69,13 @@ class Evaluator:
         return self._initial.clone()
 
     def lay_out(self, memory_layout: MemoryLayout, tell: Callable[[str], None]) -> None:
-        """Lay the module out in memory as the constructor's arguments of these names say.
+        """Lay the module out in memory as the constructor's arguments of these names say; "auto" gives up only once.
 
         Raises: ConfigError: for an unknown layout.
         """
-        self.channels_last = in_channels_last(memory_layout, self.module, self.device)
         self._may_give_up, self._tell = memory_layout == "auto", tell
+        given_up = self._may_give_up and self._gave_up
+        self.channels_last = in_channels_last(memory_layout, self.module, self.device) and not given_up
         arrange(self.module, channels_last=self.channels_last)
 
     def adapting(self, work: Callable[[], _Result]) -> _Result:
@@ -96,6 +97,7 @@ class Evaluator:
             # The layout was not to blame.
             self._turn(channels_last=True)
             raise
+        self._gave_up = True
         self._tell(f"the model cannot be laid out channels-last, which is faster, and keeps the default layout: {why}")
         return result
 

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from fedml_core.errors import ConfigError
 from fedml_core.named import nearest
 
-__all__ = ["MemoryLayout", "arrange", "blames_layout", "in_channels_last", "ordered_gradients", "rearranged"]
+__all__ = [
+    "MemoryLayout",
+    "arrange",
+    "blames_layout",
+    "in_channels_last",
+    "ordered_gradients",
+    "rearranged",
+    "require_layout",
+]
 
 MemoryLayout = Literal["auto", "channels_last", "contiguous"]
 """Of a model and its 4-d inputs; "auto" is channels-last for 2-d convolutions on a CPU or a CUDA device."""
@@ -28,15 +36,23 @@ _PICKY = (nn.Conv2d, nn.MaxPool2d)
 _SIGN = "contiguous"
 
 
-def in_channels_last(layout: MemoryLayout, module: nn.Module, device: torch.device) -> bool:
-    """Return whether `module` on `device` is to be in channels-last; "auto" looks at nothing but these two.
+def require_layout(layout: MemoryLayout) -> None:
+    """Refuse what is no layout.
 
-    Raises: ConfigError: for any other layout.
+    Raises: ConfigError: with the nearest.
     """
     if layout not in _LAYOUTS:
         raise ConfigError(
             f"memory_layout must be one of {', '.join(_LAYOUTS)}, got {layout!r}; {nearest(str(layout), _LAYOUTS)}"
         )
+
+
+def in_channels_last(layout: MemoryLayout, module: nn.Module, device: torch.device) -> bool:
+    """Return whether `module` on `device` is to be in channels-last; "auto" looks at nothing but these two.
+
+    Raises: ConfigError: for any other layout.
+    """
+    require_layout(layout)
     if layout != "auto":
         return layout == "channels_last"
     weights = [part.weight for part in module.modules() if isinstance(part, _CONVOLUTIONS)]

@@ -7,7 +7,7 @@ from .engines.processes import Processes as Processes
 from .engines.ray import Ray as Ray
 from .engines.sequential import Sequential as Sequential
 from .engines.suited import Suited as Suited
-from .engines.threaded import Threaded as Threaded
+from .engines.tuned import Tuned as Tuned
 from .engines.vectorised import Vectorised as Vectorised
 from .faults import Faults as Faults
 from .fleet_availability import Always as Always

@@ -10,7 +10,7 @@ from simulations.engines.processes import Processes
 from simulations.engines.ray import Ray
 from simulations.engines.sequential import Sequential
 from simulations.engines.suited import Suited
-from simulations.engines.threaded import Threaded
+from simulations.engines.tuned import Tuned
 from simulations.engines.vectorised import Vectorised
 
-__all__ = ["Auto", "Engine", "Fused", "Processes", "Ray", "Sequential", "Suited", "Threaded", "Vectorised"]
+__all__ = ["Auto", "Engine", "Fused", "Processes", "Ray", "Sequential", "Suited", "Tuned", "Vectorised"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,8 @@ from torch import nn
 from fedml_core.bulk import BulkArrival, GatheredArrival
 from fedml_core.checks import require_whole
 from fedml_core.errors import ConfigError
+from fedml_core.freed_memory import why_not_kept
+from fedml_core.memory_layout import in_channels_last
 from fedml_core.messages import Arrived, Assignment, TrainWork
 from fedml_core.update import Update
 from simulations.engines.batched import clients_that_fit
@@ -24,6 +26,7 @@ from simulations.engines.fused import Fused
 from simulations.engines.processes import available_processors
 from simulations.engines.sequential import Sequential
 from simulations.engines.tournament import Match, Timing, Trial, described, fastest, tournament
+from simulations.engines.tuned import Tuned
 from simulations.engines.vectorised import Vectorised
 
 __all__ = ["Auto"]
@@ -72,8 +75,9 @@ class Choosing(Session):
         self._timings: dict[Engine, Timing] = {}
         self._chosen: Engine | None = None
         self._key = ""
-        # A worker process may not have workers of its own.
-        self._workers = 1 if multiprocessing.current_process().daemon else engine.workers or available_processors()
+        # A worker process may not have workers of its own, and keeps freed memory anyway.
+        self._inside = multiprocessing.current_process().daemon
+        self._workers = 1 if self._inside else engine.workers or available_processors()
 
     def run(self, assignment: Assignment, cohort: Sequence[int]) -> Iterator[Arrived]:
         """Yield the cohort's replies."""
@@ -92,9 +96,7 @@ class Choosing(Session):
 
     def close(self) -> None:
         """Close every session that was opened."""
-        for session in self._sessions.values():
-            session.close()
-        self._sessions = {}
+        self._close(self._sessions)
 
     @property
     def _plain(self) -> Sequential:
@@ -105,6 +107,8 @@ class Choosing(Session):
         return self._chosen or fastest(list(self._timings.values()), self._plain)
 
     def _session(self, engine: Engine) -> Session:
+        # One that keeps freed memory does so for the whole process, and so for whoever is compared with it.
+        self._close(other for other in self._sessions if _keeps(other) and other != engine)
         if engine not in self._sessions:
             # What trains one by one is left where nothing else is able: what it has to say is for the user.
             self._sessions[engine] = engine.open(self._real if engine == self._plain else self._stage)
@@ -156,7 +160,7 @@ class Choosing(Session):
             ranked = sorted(self._timings.values(), key=lambda one: -one.rate)
             rates = ", ".join(f"{described(one.engine)} {one.rate:,.0f}/s" for one in ranked)
             self._real.tell(
-                f"engine: {described(end.value)}, the fastest here (examples: {rates or 'one engine only'})"
+                f"engine: {described(end.value)}, the fastest here (examples at best: {rates or 'one engine only'})"
             )
             remember(self._key, dataclasses.replace(end.value, skip_failures=False))
 
@@ -166,7 +170,8 @@ class Choosing(Session):
         on_cpu = stage.trainer.device.type == "cpu"
         fit = min(clients_that_fit(stage), cohort)
         sizes = sorted({min(fit * step, cohort) for step in _STEPS})
-        convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in stage.task.build(0).modules())
+        module = stage.task.build(0)
+        convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())
         # Convolutions of several clients at once only tie with one by one on a CPU, and take gigabytes.
         plain = on_cpu and stage.private is None
         kinds = () if plain and convolves else (Fused, Vectorised) if plain else (Vectorised,)
@@ -176,12 +181,21 @@ class Choosing(Session):
             cohort,
             torch.get_num_threads() if on_cpu else 1,
             self._workers if on_cpu else 1,
+            ("contiguous",) if in_channels_last("auto", module, stage.trainer.device) else (),
+            on_cpu and not self._inside and why_not_kept() is None,
         )
 
     def _choose(self, engine: Engine) -> None:
         self._chosen, self._trial = engine, None
-        for other in [other for other in self._sessions if other != engine]:
-            self._sessions.pop(other).close()
+        self._close(other for other in self._sessions if other != engine)
+
+    def _close(self, engines: Iterable[Engine]) -> None:
+        for engine in list(engines):
+            self._sessions.pop(engine).close()
+
+
+def _keeps(engine: Engine) -> bool:
+    return isinstance(engine, Tuned) and engine.keep_freed_memory
 
 
 def _examples(arrivals: Sequence[Arrived], clients: int) -> float:

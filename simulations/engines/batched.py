@@ -57,6 +57,10 @@ class Batched(Engine):
         Raises: UnsupportedError: if the task is not one for this engine.
         """
 
+    def one_by_one(self, stage: Stage) -> OneByOne:
+        """Return what does the clients that the trainer cannot do together."""
+        return OneByOne(stage, self.skip_failures)
+
     def fitting(self, stage: Stage, cohort: Sequence[int]) -> int:
         """Return how many clients of a cohort at once are fastest where nobody says, at least 1."""
         return clients_that_fit(stage)
@@ -73,7 +77,7 @@ class Chunks(Session):
         if stage.private is not None and not engine.protects_examples:
             raise ConfigError(f"the {engine.name} engine cannot protect examples, and would train without")
         self._engine, self._stage = engine, stage
-        self._single = OneByOne(stage, engine.skip_failures)
+        self._single = engine.one_by_one(stage)
         self._at_once = engine.clients_at_once or clients_that_fit(stage)
         self._most_added: int | None = engine.clients_at_once
         self._works, self._told = False, set[str]()

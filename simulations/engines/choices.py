@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fedml_core.errors import FedveilError
+from fedml_core.freed_memory import why_not_kept
 from fedml_core.messages import Assignment, TrainWork
 from fedml_core.storage import write_json
 from simulations.engines.engine import Engine, Stage
@@ -27,7 +28,7 @@ from simulations.engines.processes import available_processors
 
 __all__ = ["cache_file", "code_version", "key_of", "recall", "remember"]
 
-_VERSION = 1
+_VERSION = 2
 _MOST = 500
 _DECIDING = ("clients", "simulations.engines")
 
@@ -61,6 +62,7 @@ def key_of(stage: Stage, assignment: Assignment, cohort: int, workers: int) -> s
         "device": str(stage.trainer.device),
         "workers": workers,
         "threads": torch.get_num_threads(),
+        "keeps": why_not_kept() is None,
         "machine": [platform.machine(), platform.node(), os.cpu_count(), available_processors()],
         "versions": [torch.__version__, code_version(), _VERSION],
     }

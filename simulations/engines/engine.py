@@ -21,7 +21,7 @@ from simulations.population import Population
 from simulations.private_clients import PrivateClients
 from strategies.strategy import Strategy
 
-_ABLE = "sequential, threaded, vectorised, processes, ray, auto or suited"
+_ABLE = "sequential, tuned, vectorised, processes, ray, auto or suited"
 _log = logging.getLogger(__name__)
 
 

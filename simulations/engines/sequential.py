@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from clients.client import Client, Trainer
 from fedml_core.errors import ConfigError, TaskError
-from fedml_core.memory_layout import MemoryLayout
+from fedml_core.memory_layout import MemoryLayout, require_layout
 from fedml_core.messages import Arrival, Assignment, TrainWork
 from simulations.engines.engine import Engine, Session, Stage, arrival_of
 from simulations.prefetch import announce
@@ -30,19 +30,24 @@ class Sequential(Engine):
     name: ClassVar[str] = "sequential"
     protects_examples: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        """Check the layout."""
+        require_layout(self.memory_layout)
+
     def open(self, stage: Stage) -> Session:
         """Return a session that shares one trainer among all clients."""
         if stage.private is not None and self.deterministic:
             raise ConfigError(NOISE_IS_FRESH)
-        stage.trainer.configure(self.memory_layout, deterministic=self.deterministic, tell=stage.tell)
-        return OneByOne(stage, self.skip_failures, self.memory_layout)
+        return OneByOne(stage, self.skip_failures, self.memory_layout, deterministic=self.deterministic)
 
 
 class OneByOne(Session):
-    """Does each client's work by itself."""
+    """Does each client's work by itself, with the stage's trainer, which sessions that take turns set up anew."""
 
-    def __init__(self, stage: Stage, skip_failures: bool, memory_layout: MemoryLayout = "auto") -> None:
-        self._stage, self._layout = stage, memory_layout
+    def __init__(
+        self, stage: Stage, skip_failures: bool, memory_layout: MemoryLayout = "auto", *, deterministic: bool = False
+    ) -> None:
+        self._stage, self._layout, self._deterministic = stage, memory_layout, deterministic
         self._fatal = () if skip_failures else (TaskError, ConfigError)
 
     def run(self, assignment: Assignment, cohort: Sequence[int]) -> Iterator[Arrival]:
@@ -62,6 +67,7 @@ class OneByOne(Session):
     def _replies(self, assignment: Assignment, cohort: Sequence[int]) -> Iterator[Arrival]:
         stage = self._stage
         announce(stage.population, cohort)
+        stage.trainer.configure(self._layout, deterministic=self._deterministic, tell=stage.tell)
         trainer = self._trainer if isinstance(assignment.work, TrainWork) else stage.trainer
         for number in cohort:
             client = Client(number, partial(stage.population.load, number), trainer, stage.memory)

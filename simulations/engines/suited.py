@@ -11,7 +11,7 @@ from simulations.engines.batched import Batched
 from simulations.engines.engine import Engine, Session, Stage
 from simulations.engines.fused import Fused
 from simulations.engines.sequential import Sequential
-from simulations.engines.threaded import Threaded
+from simulations.engines.tuned import Tuned
 from simulations.engines.vectorised import Vectorised
 
 __all__ = ["Suited", "suitable"]
@@ -51,7 +51,7 @@ def suitable(stage: Stage, *, skip_failures: bool = False) -> Engine:
     threads = fitting_threads(stage.task.build(stage.seed))
     if isinstance(engine, Sequential) or threads is None:
         return engine
-    return Threaded(threads=threads, inner=engine, skip_failures=skip_failures)
+    return Tuned(threads=threads, inner=engine, skip_failures=skip_failures)
 
 
 def _private(stage: Stage, *, skip_failures: bool) -> Engine:

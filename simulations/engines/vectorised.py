@@ -11,6 +11,7 @@ from simulations.engines.batch_trainer import BatchTrainer
 from simulations.engines.batched import Batched
 from simulations.engines.engine import Session, Stage
 from simulations.engines.resident import resident
+from simulations.engines.sequential import OneByOne
 from simulations.engines.vmap_trainer import VmapTrainer
 from simulations.private_clients import NOISE_IS_FRESH, PrivateClients
 
@@ -37,9 +38,11 @@ class Vectorised(Batched):
             if self.deterministic:
                 raise ConfigError(NOISE_IS_FRESH)
             return super().open(stage)
-        if self.deterministic:
-            stage.trainer.configure("auto", deterministic=True, tell=stage.tell)  # for clients that go one by one
         return super().open(dataclasses.replace(stage, population=resident(stage.population, stage.trainer.device)))
+
+    def one_by_one(self, stage: Stage) -> OneByOne:
+        """Return what does the clients that cannot be vectorised, as deterministically."""
+        return OneByOne(stage, self.skip_failures, deterministic=self.deterministic)
 
     def trainer(self, stage: Stage) -> BatchTrainer:
         """Return a trainer of the stage's task on its device.

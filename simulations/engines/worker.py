@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from fedml_core.devices import keep_freed_memory
+from fedml_core.freed_memory import keep_freed_memory
 from fedml_core.messages import Assignment
 from fedml_core.spans import Recorder
 from simulations.engines.chunk_worker import Chunk, ChunkWorker, Job

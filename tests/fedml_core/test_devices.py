@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -156,32 +153,3 @@ def test_a_deterministic_trainer_trains_and_evaluates_so_and_names_what_cannot_b
     trainer.evaluate(trainer.initial(), labelled())
     assert len(seen) > 2 and all(seen) and not torch.are_deterministic_algorithms_enabled()
     assert torch.equal(update.values, trained(TorchTrainer(task, device="cpu"), labelled()).values)
-
-
-GLIBC = platform.libc_ver()[0] == "glibc"
-
-
-@pytest.mark.skipif(GLIBC, reason="glibc can keep freed memory")
-def test_where_freed_memory_cannot_be_kept_nothing_happens_and_that_is_said() -> None:
-    assert not devices.keep_freed_memory()
-
-
-@pytest.mark.skipif(not GLIBC, reason="only glibc can keep freed memory")
-def test_keeping_freed_memory_spares_the_system_from_handing_it_out_again() -> None:
-    code = (
-        "import resource, sys, torch; from fedml_core.devices import keep_freed_memory; "
-        "assert sys.argv[1] == 'default' or keep_freed_memory()\n"
-        "def faults():\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    for _ in range(5): torch.zeros(20 << 20)\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "faults(); print(faults())"
-    )
-    counts = []
-    for how in ("default", "keep"):
-        command = [sys.executable, "-c", code, how]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        counts.append(int(done.stdout))
-    # 5 times 80 MiB are 102,400 pages of 4 KiB, and 200 where the system hands out 2 MiB at a time.
-    assert counts[0] >= 200
-    assert counts[1] < 20

@@ -27,7 +27,7 @@ from fedml_core.weighting import Uniform
 from server import EvaluationPlan, EveryClient, FixedSampling, PoissonSampling
 from server.report import read_run, write_report
 from server.round import RoundReport
-from simulations import Auto, Engine, Faults, Fused, Processes, Ray, Sequential, Suited, Threaded, Vectorised, simulate
+from simulations import Auto, Engine, Faults, Fused, Processes, Ray, Sequential, Suited, Tuned, Vectorised, simulate
 from simulations.private_accounts import ACCOUNTS_FILE, Accounts
 from simulations.private_clients import PrivateClients
 from strategies import CentralDP, FedAvg, SecureAggregation
@@ -40,7 +40,7 @@ TRAINING = Training(batch_size=10)
 EVENLY = FedAvg(weighting=Uniform())
 ENGINES: list[Engine] = [
     Sequential(),
-    Threaded(),
+    Tuned(threads=1, keep_freed_memory=True),
     Vectorised(),
     Processes(workers=2),
     Processes(workers=2, inner=Vectorised()),
@@ -136,10 +136,10 @@ def test_no_exact_number_of_a_client_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    "engine", [Fused(), Threaded(inner=Fused()), Processes(inner=Fused())], ids=["fused", "threaded", "processes"]
+    "engine", [Fused(), Tuned(threads=1, inner=Fused()), Processes(inner=Fused())], ids=["fused", "tuned", "processes"]
 )
 def test_an_engine_that_cannot_is_refused_with_those_that_can(engine: Engine) -> None:
-    with pytest.raises(ConfigError, match="the fused engine cannot protect examples; use sequential, threaded, vect"):
+    with pytest.raises(ConfigError, match="the fused engine cannot protect examples; use sequential, tuned, vectori"):
         run(engine=engine)
 
 

@@ -28,7 +28,7 @@ from simulations.engines.engine import Engine, Stage
 from simulations.engines.fused import Fused
 from simulations.engines.sequential import Sequential
 from simulations.engines.suited import Suited, suitable
-from simulations.engines.threaded import Threaded
+from simulations.engines.tuned import Tuned
 from simulations.engines.vectorised import Vectorised
 from simulations.packing import Packed
 from simulations.private_clients import PrivateClients
@@ -175,7 +175,7 @@ def test_an_engine_is_attacked_where_it_has_a_step_of_its_own() -> None:
 
     vectorised = Vectorised(clients_at_once=2)
     assert chosen(vectorised) is vectorised
-    assert chosen(Threaded(threads=1, inner=vectorised)) is vectorised
+    assert chosen(Tuned(threads=1, inner=vectorised)) is vectorised
     assert chosen(Sequential()) is None
     suits = suitable(simulation.stage(InProcessMemory()))
     assert type(chosen(Suited())) is (Vectorised if isinstance(suits, Vectorised) else type(None))

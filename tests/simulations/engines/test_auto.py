@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from fedml_core import Examples, Task, Training
+from fedml_core import Examples, Task, Training, freed_memory
 from fedml_core.errors import ConfigError
+from fedml_core.freed_memory import why_not_kept
 from server import FixedSampling, History
-from simulations import Auto, Engine, Fused, Processes, Sequential, Vectorised, simulate
-from simulations.engines import choices
-from simulations.engines.batched import Batched
+from simulations import Auto, Engine, Fused, Processes, Sequential, Tuned, Vectorised, simulate
+from simulations.engines import auto, choices
 from simulations.engines.choices import cache_file, code_version, recall, remember
-from simulations.engines.threaded import Threaded
-from simulations.engines.tournament import Match, Timing, Trial, tournament
+from simulations.engines.tournament import Match, Trial, tournament
 from strategies import FedAvg
+from tests.clients.layout_cases import ResNet, Viewing, images
 
 CLIENTS = 12
 
@@ -72,12 +72,12 @@ def test_a_run_that_is_too_short_to_choose_has_the_same_answer(told: Callable[[]
 def test_a_choice_is_remembered_and_not_measured_again(told: Callable[[], list[str]], cache: Path) -> None:
     first = run(Auto(workers=1))
     (choice,) = json.loads(cache.read_text())["choices"].values()
-    assert choice["name"] in ("Fused", "Vectorised", "Sequential")
+    assert choice["name"] in ("Fused", "Vectorised", "Sequential", "Tuned")
     assert_same(first, run(Auto(workers=1)))
     assert "the fastest for this model and machine before" in told()[-1]
 
 
-@pytest.mark.parametrize("changed", ["torch", "processors", "threads", "engines"])
+@pytest.mark.parametrize("changed", ["torch", "processors", "threads", "memory", "engines"])
 def test_a_choice_is_forgotten_with_what_it_was_made_for(
     changed: str, told: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +88,9 @@ def test_a_choice_is_forgotten_with_what_it_was_made_for(
         monkeypatch.setattr(choices, "available_processors", lambda: 99)
     elif changed == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    elif changed == "memory":
+        kept = why_not_kept() is None
+        monkeypatch.setattr("simulations.engines.choices.why_not_kept", lambda: "it cannot" if kept else None)
     else:
         monkeypatch.setattr(choices, "code_version", lambda: "another")
     run(Auto(workers=1))
@@ -114,7 +117,7 @@ def test_another_model_is_measured_anew(told: Callable[[], list[str]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"version": 1}', '{"version": 1, "choices": []}', '{"version": 99, "choices": {}}']
+    "content", ["", "{", "[]", '{"version": 1}', '{"version": 2, "choices": []}', '{"version": 99, "choices": {}}']
 )
 def test_a_damaged_file_is_as_good_as_none(content: str, cache: Path) -> None:
     cache.parent.mkdir()
@@ -127,12 +130,19 @@ def test_a_damaged_file_is_as_good_as_none(content: str, cache: Path) -> None:
 def test_an_entry_that_names_no_engine_is_ignored(cache: Path) -> None:
     cache.parent.mkdir()
     entries = {"a": {"name": "Warp"}, "b": {"name": "Fused", "clients_at_once": -1}, "c": 3}
-    cache.write_text(json.dumps({"version": 1, "choices": entries}))
+    cache.write_text(json.dumps({"version": 2, "choices": entries}))
     assert [recall(key) for key in entries] == [None, None, None]
 
 
-def test_nested_engines_are_remembered_whole() -> None:
-    engine = Processes(workers=2, inner=Vectorised(clients_at_once=7))
+@pytest.mark.parametrize(
+    "engine",
+    [
+        Processes(workers=2, inner=Vectorised(clients_at_once=7)),
+        Tuned(threads=1, keep_freed_memory=True, inner=Sequential(memory_layout="contiguous")),
+    ],
+    ids=lambda engine: engine.name,
+)
+def test_nested_engines_are_remembered_whole(engine: Engine) -> None:
     remember("key", engine)
     assert recall("key") == engine
 
@@ -150,105 +160,6 @@ def test_the_cache_is_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatc
     assert cache_file().is_relative_to(tmp_path / "home")
 
 
-def fused(size: int) -> Fused:
-    return Fused(clients_at_once=size)
-
-
-def vectorised(size: int) -> Vectorised:
-    return Vectorised(clients_at_once=size)
-
-
-LADDERS: list[list[Batched]] = [[fused(4), fused(16), fused(64)], [vectorised(4), vectorised(16)]]
-
-
-def winner(
-    rates: Callable[[Engine], float],
-    *,
-    unable: tuple[str, ...] = (),
-    fits: int = 1_000,
-    seconds: float = 1.0,
-    **match: Any,
-) -> tuple[Engine, list[Trial]]:
-    """Return who wins where engines are as fast as `rates` says and `fits` clients fit the memory, and all trials."""
-    trials = tournament(Match(**{"ladders": LADDERS, "plain": Sequential(), "cohort": 100, **match}))
-    tried: list[Trial] = []
-    timing: Timing | None = None
-    while True:
-        try:
-            tried.append(next(trials) if timing is None else trials.send(timing))
-        except StopIteration as end:
-            return end.value, tried
-        engine = tried[-1].engine
-        crowded = isinstance(engine, Batched) and (engine.clients_at_once or 0) > fits
-        able = engine.name not in unable and not crowded
-        timing = Timing(engine, rates(engine), seconds, able=able, crowded=crowded)
-
-
-def by_name(**rates: float) -> Callable[[Engine], float]:
-    return lambda engine: rates.get(engine.name, 0.0)
-
-
-def test_the_fastest_engine_wins() -> None:
-    assert winner(by_name(fused=5, sequential=7))[0] == Sequential()
-    assert winner(by_name(fused=8, sequential=7))[0] == fused(4)
-
-
-def test_more_clients_at_once_are_tried_as_long_as_they_are_faster() -> None:
-    def rate(engine: Any) -> float:
-        return {fused(4): 10.0, fused(16): 12.0, fused(64): 11.0}.get(engine, 1.0)
-
-    best, tried = winner(rate)
-    assert best == fused(16)
-    assert [trial.size for trial in tried if trial.engine.name == "fused"] == [4, 4, 16, 16, 64, 64]
-    best, tried = winner(by_name(fused=9))
-    assert best == fused(4) and fused(64) not in [trial.engine for trial in tried]
-
-
-def test_what_is_written_by_hand_beats_what_is_not() -> None:
-    _, tried = winner(by_name(fused=5, vectorised=50))
-    assert "vectorised" not in [trial.engine.name for trial in tried]
-
-
-def test_an_engine_that_gives_up_cannot_win() -> None:
-    rates = by_name(fused=50, vectorised=9, sequential=7, processes=20)
-    assert winner(rates, unable=("fused",))[0] == vectorised(4)
-    assert winner(rates, unable=("fused", "vectorised"))[0] == Sequential()
-    assert winner(rates, unable=("fused", "processes"), workers=2)[0] == vectorised(4)
-    assert winner(by_name(), unable=("fused", "vectorised"), workers=2, threads=2)[0] == Sequential()
-
-
-@pytest.mark.parametrize(("fits", "chosen"), [(1_000, 64), (63, 16), (15, 4), (3, 2), (1, 1)])
-def test_as_many_clients_at_once_as_fit_the_memory(fits: int, chosen: int) -> None:
-    rates: Callable[[Engine], float] = lambda engine: getattr(engine, "clients_at_once", 0.5)  # noqa: E731
-    assert winner(rates, fits=fits, ladders=LADDERS[:1])[0] == fused(chosen)
-
-
-def test_where_not_even_one_client_fits_at_once_they_train_one_by_one() -> None:
-    assert winner(by_name(fused=9, vectorised=9, sequential=1), fits=0)[0] == Sequential()
-
-
-def test_workers_must_be_clearly_faster() -> None:
-    assert winner(by_name(fused=10, processes=10.5), workers=2)[0] == fused(4)
-    assert winner(by_name(fused=10, processes=15), workers=2)[0] == Processes(workers=2, inner=fused(4))
-
-
-def test_one_thread_is_chosen_unless_all_are_faster() -> None:
-    assert winner(by_name(fused=10, threaded=9.9), threads=2)[0] == Threaded(inner=fused(4))
-    assert winner(by_name(fused=10, threaded=9), threads=2)[0] == fused(4)
-    assert winner(by_name(sequential=10, threaded=5), threads=2, ladders=[])[0] == Sequential()
-    several = winner(by_name(fused=10, threaded=12, processes=20), threads=2, workers=2)[0]
-    assert several == Processes(workers=2, inner=fused(4))
-
-
-def test_what_is_over_at_once_is_measured_again() -> None:
-    assert len(winner(by_name(sequential=1), ladders=[], threads=2, seconds=1.0)[1]) == 4
-    assert len(winner(by_name(sequential=1), ladders=[], threads=2, seconds=0.01)[1]) == 8
-
-
-def test_where_there_is_no_choice_nothing_is_measured() -> None:
-    assert winner(by_name(), ladders=[]) == (Sequential(), [])
-
-
 def test_it_can_be_named_and_stands_inside_workers() -> None:
     assert Engine.from_config({"name": "auto"}) == Auto()
     shared = Engine.from_config({"name": "processes", "workers": 2, "inner": {"name": "auto"}})
@@ -260,32 +171,69 @@ def test_impossible_workers_are_refused() -> None:
         Auto(workers=0)
 
 
-def test_threads_are_left_as_they_were() -> None:
-    torch.set_num_threads(2)
-    seen: list[int] = []
-    engine = Threaded(threads=1, inner=Fused())
-    expected = run(Sequential(), rounds=2)
-    assert_same(expected, run(engine, rounds=2, callbacks=[lambda *_: seen.append(torch.get_num_threads())]))
-    assert seen == [2, 2] and torch.get_num_threads() == 2
+def match_of(monkeypatch: pytest.MonkeyPatch, task: Task) -> Match:
+    """Return who took part in a run."""
+    seen: list[Match] = []
+
+    def rules(match: Match) -> Any:
+        seen.append(match)
+        return tournament(match)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(auto, "tournament", rules)
+        simulate(task, FedAvg(), engine=Auto(workers=1), clients=2, rounds=1, seed=3, device="cpu")
+    return seen[0]
 
 
-def test_a_client_trains_in_the_threads_that_were_asked_for() -> None:
-    seen: set[int] = set()
-
-    class Watched(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.add(torch.get_num_threads())
-            return super().forward(x)
-
-    torch.set_num_threads(2)
-    engine = Threaded(threads=1, inner=Vectorised())
-    assert_same(run(Sequential(), rounds=1), run(engine, rounds=1, model=lambda: Watched(4, 2)))
-    assert seen == {1}
+def test_layouts_are_measured_where_the_model_would_be_rearranged(monkeypatch: pytest.MonkeyPatch) -> None:
+    convolutional = Task.classification(model=ResNet, classes=3, train_data=lambda: images(20))
+    dense = Task.classification(model=lambda: nn.Linear(4, 2), classes=2, train_data=lambda: points(20, 1))
+    assert match_of(monkeypatch, convolutional).layouts == ("contiguous",)
+    assert match_of(monkeypatch, dense).layouts == ()
 
 
-@pytest.mark.parametrize("inner", [Auto(), Processes(workers=2), Threaded()], ids=lambda engine: engine.name)
-def test_what_has_threads_of_its_own_gets_no_others(inner: Engine) -> None:
-    with pytest.raises(ConfigError, match=f"the threads of {inner.name} are its own business"):
-        Threaded(inner=inner)
-    with pytest.raises(ConfigError, match="threads must be >= 1, got 0"):
-        Threaded(threads=0)
+def test_kept_memory_is_measured_where_the_system_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task.classification(model=lambda: nn.Linear(4, 2), classes=2, train_data=lambda: points(20, 1))
+    for why_not, keeps in ((None, True), ("it cannot", False)):
+        monkeypatch.setattr(auto, "why_not_kept", lambda why_not=why_not: why_not)
+        assert match_of(monkeypatch, task).keeps == keeps
+
+
+def test_memory_is_kept_only_while_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, plain = Tuned(keep_freed_memory=True), Sequential()
+    done: list[str] = []
+
+    def set_to(settings: object) -> bool:
+        done.append("kept" if settings is freed_memory._KEEP else "restored")
+        return True
+
+    monkeypatch.setattr(freed_memory, "_set", set_to)
+    monkeypatch.setattr("simulations.engines.tuned.why_not_kept", lambda: None)
+
+    def rules(match: Match) -> Any:
+        for engine in (kept, kept, plain, kept, plain):
+            done.append(engine.name)
+            yield Trial(engine, 4)
+        return plain
+
+    monkeypatch.setattr(auto, "tournament", rules)
+    found = run(Auto(workers=1), rounds=2)
+    assert done == ["tuned", "kept", "tuned", "sequential", "restored", "tuned", "kept", "sequential", "restored"]
+    assert_same(run(Sequential(), rounds=2), found)
+
+
+@pytest.mark.parametrize("model", [ResNet, Viewing])
+def test_trials_of_layouts_do_not_change_the_answer(
+    model: Callable[[], nn.Module], told: Callable[[], list[str]]
+) -> None:
+    task = Task.classification(model=model, classes=3, train_data=lambda: images(60))
+    common: dict[str, Any] = {"clients": 12, "rounds": 24, "training": Training(batch_size=5), "seed": 3}
+    histories = [
+        simulate(task, FedAvg(), engine=engine, device="cpu", **common) for engine in (Sequential(), Auto(workers=1))
+    ]
+    largest = float(histories[0].parameters.abs().max())
+    torch.testing.assert_close(histories[1].parameters, histories[0].parameters, rtol=1e-5, atol=1e-5 * largest)
+    (choice,) = [line for line in told() if line.startswith("engine: ")]
+    assert "sequential" in choice and "sequential in contiguous layout" in choice
+    given_up = [line for line in told() if "keeps the default layout" in line]
+    assert len(given_up) == (2 if model is Viewing else 0)  # once a run

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedml_core import ClientData, Examples, Task, Training
 from fedml_core.errors import TaskError
 from server import FixedSampling, History
-from simulations import Auto, Engine, Fused, Processes, Sequential, Suited, Threaded, Vectorised, simulate
+from simulations import Auto, Engine, Fused, Processes, Sequential, Suited, Tuned, Vectorised, simulate
 from simulations.engines.batch_trainer import BatchWork
 from simulations.engines.vmap_trainer import VmapTrainer
 from strategies import FedAvg
@@ -25,7 +25,7 @@ CLIENTS = 12
 EVERY_ENGINE: list[Engine] = [
     Sequential(),
     Suited(),
-    Threaded(inner=Fused()),
+    Tuned(threads=1, inner=Fused()),
     Fused(clients_at_once=4),
     Vectorised(clients_at_once=4),
     Auto(workers=1),

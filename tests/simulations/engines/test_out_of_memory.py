@@ -13,7 +13,7 @@ from torch import nn
 
 from fedml_core import Examples, Task, Training
 from server import EvaluationPlan, History
-from simulations import Engine, Faults, Fused, Processes, QuantitySkew, Sequential, Threaded, Vectorised, simulate
+from simulations import Engine, Faults, Fused, Processes, QuantitySkew, Sequential, Tuned, Vectorised, simulate
 from simulations.engines.batch_trainer import BatchWork
 from simulations.engines.fused_trainer import FusedTrainer
 from simulations.engines.memory_errors import memory_named
@@ -107,8 +107,8 @@ def test_what_is_known_to_fit_is_remembered_for_the_next_round(faults: Faults, m
     "engine",
     [
         Vectorised(clients_at_once=CLIENTS),
-        Threaded(inner=Vectorised(clients_at_once=CLIENTS)),
-        Threaded(inner=Fused(clients_at_once=CLIENTS)),
+        Tuned(threads=1, inner=Vectorised(clients_at_once=CLIENTS)),
+        Tuned(threads=1, inner=Fused(clients_at_once=CLIENTS)),
         Processes(workers=2, inner=Vectorised(clients_at_once=CLIENTS)),
         Processes(workers=2, inner=Fused(clients_at_once=CLIENTS)),
     ],

@@ -15,7 +15,7 @@ from torch import nn
 
 from fedml_core import Task, Training
 from server import EvaluationPlan, EveryClient, FixedSampling, History
-from simulations import Engine, Faults, Fused, Processes, QuantitySkew, Sequential, Vectorised, simulate
+from simulations import Engine, Faults, Fused, Processes, QuantitySkew, Sequential, Tuned, Vectorised, simulate
 from strategies import FedAdam, FedAvg, FedMedian, FedProx, Scaffold, Strategy
 from tests.simulations.engines.engine_cases import points
 
@@ -23,6 +23,7 @@ CLIENTS, FEATURES, CLASSES = 12, 5, 3
 WHOLE = 1_000  # more than there are clients
 STRATEGIES = [FedAvg(), FedProx(mu=0.1), FedAdam(), FedMedian(), Scaffold(population=CLIENTS)]
 IN_ONE_PROCESS = [kind(clients_at_once=size) for kind in (Vectorised, Fused) for size in (1, 3, WHOLE)]
+SET_UP = [Tuned(threads=1, keep_freed_memory=True, inner=inner) for inner in (Sequential(), *IN_ONE_PROCESS[1::3])]
 IN_WORKERS = [
     Processes(workers=workers, inner=inner)
     for workers in (1, 2)
@@ -73,6 +74,8 @@ def assert_same(one: History, other: History) -> None:
 def named(value: Any) -> str:
     if isinstance(value, Processes):
         return f"{value.workers}-workers-{value.inner.name}"
+    if isinstance(value, Tuned):
+        return f"{value.name}-{named(value.inner)}"
     if isinstance(value, Fused | Vectorised):
         return f"{value.name}-{value.clients_at_once}"
     return type(value).__name__
@@ -91,7 +94,7 @@ def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
-@pytest.mark.parametrize("engine", IN_ONE_PROCESS, ids=named)
+@pytest.mark.parametrize("engine", [*IN_ONE_PROCESS, *SET_UP], ids=named)
 def test_clients_side_by_side_give_the_answer_of_one_after_the_other(
     engine: Engine, strategy: Strategy, expected: Mapping[str, History], told: Callable[[], list[str]]
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from clients.memory import InProcessMemory
 from clients.torch_trainer import TorchTrainer
@@ -19,6 +20,7 @@ from server import FixedSampling
 from simulations.engines.engine import Engine, Stage
 from simulations.engines.processes import Processes
 from simulations.engines.sequential import Sequential
+from simulations.engines.tuned import Tuned
 from simulations.population import Virtual
 from simulations.simulate import simulate
 from strategies import FedAvg
@@ -42,6 +44,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
         Sequential(memory_layout="channels_last"),
         Sequential(memory_layout="contiguous"),
         Sequential(deterministic=True),
+        Tuned(threads=1, keep_freed_memory=True, inner=Sequential(memory_layout="contiguous")),
         Processes(workers=2, inner=Sequential(memory_layout="contiguous")),
         Processes(workers=2),
     ],
@@ -77,6 +80,33 @@ def test_the_user_is_told_once_that_a_model_keeps_the_default_layout() -> None:
         replies = list(session.run(assignment, [0, 1, 2]))
     assert len(replies) == 3
     assert len(told) == 1 and "keeps the default layout" in told[0]
+
+
+@pytest.mark.parametrize("model", [ResNet, Viewing])
+def test_sessions_that_take_turns_train_each_in_its_own_layout(model: type[nn.Module]) -> None:
+    told, seen = list[str](), list[bool]()
+
+    class Watching(model):  # type: ignore[misc, valid-type]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
+            return super().forward(x)  # type: ignore[no-any-return]
+
+    task = Task.classification(model=Watching, classes=3)
+    trainer = TorchTrainer(task, device="cpu")
+    population = Virtual(3, lambda client: ClientData(images(5, seed=client)))
+    stage = Stage(task, FedAvg(), trainer, population, InProcessMemory(), tell=told.append)
+    assignment = Assignment("run", 1, trainer.spec.fingerprint, trainer.initial(), TrainWork(Training(batch_size=5)))
+    sessions = [Sequential().open(stage), Sequential(memory_layout="contiguous").open(stage)]
+    turns = []
+    for session in (*sessions, *sessions):
+        list(session.run(assignment, [0]))
+        turns.append(seen.copy())
+        seen.clear()
+    if model is ResNet:
+        assert turns == [[True], [False], [True], [False]] and told == []
+    else:
+        # Its first turn fails in channels-last and begins anew; then it is known, and said once.
+        assert turns == [[True, False], [False], [False], [False]] and len(told) == 1
 
 
 def test_a_worker_passes_on_what_its_trainer_says(caplog: pytest.LogCaptureFixture) -> None:

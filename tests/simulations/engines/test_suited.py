@@ -15,7 +15,7 @@ from clients.memory import InProcessMemory
 from clients.torch_trainer import TorchTrainer
 from fedml_core import Examples, Task
 from server import FixedSampling, History
-from simulations import Engine, Fused, Iid, Sequential, Suited, Threaded, Vectorised, simulate
+from simulations import Engine, Fused, Iid, Sequential, Suited, Tuned, Vectorised, simulate
 from simulations.engines.engine import Stage
 from simulations.engines.suited import suitable
 from simulations.population import population_of
@@ -53,7 +53,7 @@ def stage_of(model: Callable[[], nn.Module]) -> Stage:
 
 
 @pytest.mark.parametrize(
-    ("model", "chosen"), [(dense, Threaded(inner=Fused())), (wide, Fused()), (convolutional, Sequential())]
+    ("model", "chosen"), [(dense, Tuned(threads=1, inner=Fused())), (wide, Fused()), (convolutional, Sequential())]
 )
 def test_dense_stacks_are_fused_small_ones_in_one_thread_and_the_rest_trains_one_by_one(
     model: Callable[[], nn.Module], chosen: Engine, caplog: pytest.LogCaptureFixture
