@@ -35,13 +35,10 @@ class BatchTally:
         # Apple's GPUs have no float64.
         kind = torch.float32 if plan.rows.device.type == "mps" else torch.float64
         weights = plan.weights.to(kind)
-        processed = self._by_client(weights.sum(dim=1))
+        weighed = [(column.to(kind) * weights).sum(dim=1) for column in self._columns.values()]
+        rows = torch.stack([weights.sum(dim=1), *weighed])
+        clients = torch.zeros(len(rows), len(plan.order), dtype=kind, device=rows.device)
+        # One copy, which waits for the device once.
+        processed, *means = clients.index_add_(1, plan.who, rows).cpu().double()
         scale = plan.totals / torch.where(processed == 0, 1.0, processed)
-        return {
-            name: self._by_client((column.to(kind) * weights).sum(dim=1)) * scale
-            for name, column in self._columns.items()
-        }
-
-    def _by_client(self, rows: Tensor) -> Tensor:
-        total = torch.zeros(len(self._plan.order), dtype=rows.dtype, device=rows.device)
-        return total.index_add_(0, self._plan.who, rows).cpu().double()
+        return {name: values * scale for name, values in zip(self._columns, means, strict=True)}
