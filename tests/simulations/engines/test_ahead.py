@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from fedml_core.data import Examples
 from fedml_core.errors import TaskError
+from fedml_core.training import Precision, Training
 from simulations import simulate
 from simulations.engines import batched
 from simulations.engines.ahead import Ahead
@@ -19,7 +21,7 @@ from simulations.engines.vectorised import Vectorised
 from simulations.engines.vmap_trainer import VmapTrainer
 from simulations.packing import Packed
 from strategies import FedAvg
-from tests.simulations.engines.engine_cases import SETTINGS, TASK, same
+from tests.simulations.engines.engine_cases import SETTINGS, TASK, points, same
 from tests.simulations.engines.test_out_of_memory import hold_at_most, torch_says
 
 CPU = torch.device("cpu")
@@ -110,3 +112,15 @@ def test_chunks_that_do_not_fit_the_memory_are_packed_anew(monkeypatch: pytest.M
     found = simulate(TASK, FedAvg(), engine=Vectorised(clients_at_once=5), **SETTINGS)
     assert sizes[:2] == [5, 2] and not alive()
     same(simulate(TASK, FedAvg(), **SETTINGS), found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, this machine has none")
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_on_a_gpu_chunks_that_were_sent_ahead_end_where_the_cpu_does(precision: Precision, tolerance: float) -> None:
+    parts = [points(5 + client, client) for client in range(9)]
+    settings: Mapping[str, Any] = {"clients": parts, "rounds": 2, "training": Training(batch_size=4)}
+    low = {**settings, "training": Training(batch_size=4, precision=precision)}
+    expected = simulate(TASK, FedAvg(), device="cpu", **settings).parameters
+    found = simulate(TASK, FedAvg(), engine=Vectorised(clients_at_once=2), device="cuda:0", **low).parameters
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    assert not alive()
