@@ -21,6 +21,7 @@ __all__ = [
     "gradient_scaler",
     "precision_context",
     "seeded_torch",
+    "without_autocast",
 ]
 
 _turns = itertools.count()
@@ -55,7 +56,8 @@ def precision_context(precision: Precision, device: torch.device) -> AbstractCon
     Raises: ConfigError: if torch cannot do that on `device`.
     """
     if precision == "float32":
-        return nullcontext()
+        # Whoever calls may be under an autocast of their own, whose copies of weights outlive a step.
+        return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
     try:
         with warnings.catch_warnings():
             # Where a dtype is not supported, torch only warns and goes on at full precision.
@@ -63,6 +65,13 @@ def precision_context(precision: Precision, device: torch.device) -> AbstractCon
             return torch.autocast(device.type, dtype=_LOW[precision])
     except (RuntimeError, UserWarning) as error:
         raise ConfigError(f"precision {precision} is not available on {device}; use float32") from error
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Let torch compute as it is told to inside, whatever autocast the caller is under, on the CPU and on `device`."""
+    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler | None:

@@ -117,7 +117,7 @@ class ModelSpec:
         """Return each tensor's part of `vectors` (..., d) as a view of shape (..., *shape), by name, still float32."""
         lead = vectors.shape[:-1]
         return {
-            tensor.name: vectors[..., tensor.offset : tensor.offset + tensor.size].view(*lead, *tensor.shape)
+            tensor.name: vectors[..., tensor.offset : tensor.offset + tensor.size].view((*lead, *tensor.shape))
             for tensor in (*self.parameters, *self.buffers)
         }
 

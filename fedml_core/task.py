@@ -118,7 +118,7 @@ class Task:
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return each example's cross-entropy, averaged over further dimensions (pixels, tokens): shape (batch,)."""
-    if _narrow(outputs) and targets.dim() == 1:
+    if _narrow(outputs) and targets.dim() == 1 and targets.dtype == torch.int64:
         return F.cross_entropy(outputs.t().unsqueeze(0), targets.unsqueeze(0), reduction="none").squeeze(0)
     return _per_example(F.cross_entropy(outputs, targets, reduction="none"))
 

@@ -15,6 +15,7 @@ from clients.memory import InProcessMemory, MemoryStore
 from clients.spilling_memory import SpillingMemory
 from clients.torch_trainer import TorchTrainer
 from fedml_core.data import ClientData, Data
+from fedml_core.devices import without_autocast
 from fedml_core.errors import CheckpointError, ConfigError
 from fedml_core.named import nearest
 from fedml_core.policy_tables import BudgetTable
@@ -160,6 +161,7 @@ class Simulation:
         time = extra.pop(_CLOCK, {})
         with ExitStack() as held:
             held.callback(memory.close)
+            held.enter_context(without_autocast(self.trainer.device))
             memory.restore(extra)
             if clock is None:
                 require_same(time.get("fleet"), None)

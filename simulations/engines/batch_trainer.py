@@ -40,8 +40,10 @@ class BatchWork:
 class Trained(Protocol):
     """K clients that were trained, for as long as their trainer trains no others."""
 
-    reports: Update
-    """What they report: weights, sums and facts (K,), and values of shape (K, 0)."""
+    @property
+    def reports(self) -> Update:
+        """Return what they report: weights, sums and facts (K,), and values of shape (K, 0)."""
+        ...
 
     def rows(self) -> Update:
         """Return the K updates."""

@@ -125,11 +125,6 @@ class Chunks(Session):
                 if self._ahead is not None:
                     self._ahead.forget()
 
-    def close(self) -> None:
-        """Let go of what was packed ahead."""
-        if self._ahead is not None:
-            self._ahead.close()
-
     def _adds(self, assignment: Assignment, work: TrainWork) -> bool:
         """Return whether nobody needs an update by itself, so that the trainer may add them up unmade."""
         whole = scales_only(work.pipeline) and not self._stage.faults.nan
@@ -146,7 +141,7 @@ class Chunks(Session):
         self, assignment: Assignment, work: TrainWork, chunk: Sequence[int], following: Sequence[int], *, adds: bool
     ) -> Iterator[Arrived]:
         with span("data"):
-            packed = self._pack(chunk) if self._ahead is None else self._ahead.take(chunk, following)
+            packed = self._pack(chunk) if self._ahead is None else self._ahead.take(chunk)
         if packed is None:
             # A faulty client is named, or skipped, by doing these one by one.
             yield from self._single.run(assignment, chunk)
@@ -160,6 +155,9 @@ class Chunks(Session):
         with span("compute"):
             trained = self._trainer.descend(batch)
         self._works = True
+        if self._ahead is not None:
+            with span("data"):
+                self._ahead.begin(following)
         if adds and (gathered := self._gathered(assignment, work, chunk, trained)) is not None:
             yield gathered
             return

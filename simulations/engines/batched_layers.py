@@ -87,6 +87,8 @@ def vectorised_layers(module: nn.Module, linears: Linears) -> Iterator[Averages]
             raise UnsupportedError(f"layer {name} ({type(layer).__name__}) keeps running statistics in its own way")
         if isinstance(layer, nn.RNNBase) and any(has_forward_of(layer, kind) for kind in _CELLS):
             forwards[layer] = partial(_recurrent, name, layer)
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None and has_forward_of(layer, nn.Embedding):
+            forwards[layer] = partial(_padded, layer)
         if isinstance(layer, nn.Linear) and has_forward_of(layer, nn.Linear):
             forwards[layer] = partial(linears.forward, layer)
     with replaced_forwards(forwards):
@@ -99,6 +101,13 @@ def _keeps_averages(layer: _NormBase) -> bool:
 
 def _batches_seen(layer: _NormBase) -> int:
     return 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+
+
+def _padded(layer: nn.Embedding, numbers: Tensor) -> Tensor:
+    """Return what nn.Embedding returns; the map's own rule spares the padding of one client only from training."""
+    rows = F.embedding(numbers, layer.weight, None, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
+    padding = torch.eq(numbers, layer.padding_idx or 0)
+    return torch.where(padding.unsqueeze(-1), rows.detach(), rows)
 
 
 def _recurrent(name: str, layer: nn.RNNBase, values: Any, state: Any = None) -> tuple[Tensor, Any]:

@@ -21,6 +21,7 @@ from torch._C._functorch import (
     peek_interpreter_stack,
 )
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.autograd.function import BackwardCFunction
 
 from simulations.engines.batch_trainer import UnsupportedError
 
@@ -35,18 +36,19 @@ class Linears:
 
     def __init__(self) -> None:
         self.lone: list[int] | None = None
-        self._rate, self._keep = 0.0, 1.0
+        self._rate = 0.0
         self._waiting, self._done = frozenset[int](), list[int]()
 
     @contextmanager
-    def descending(self, weights: Sequence[Tensor], rate: float, keep: float) -> Iterator[None]:
-        """Let each of the clients' `weights` (K, o, i) become keep x itself - rate x its gradient, as soon as that is
-        known; autograd returns no gradient of it.
+    def descending(self, weights: Sequence[Tensor], rate: float) -> Iterator[None]:
+        """Let each of the clients' `weights` (K, o, i) descend by rate x its gradient, as soon as that is known.
+
+        Autograd returns no gradient of it.
 
         Args: weights: of which each is used by one linear layer, once, and by nothing else; see `lone_weights`.
         Raises: UnsupportedError: on leaving, if one has not taken its step, or two.
         """
-        self._rate, self._keep = rate, keep
+        self._rate = rate
         self._waiting, self._done = frozenset(weight.data_ptr() for weight in weights), []
         try:
             yield
@@ -87,7 +89,7 @@ class Linears:
         if (place := weight.data_ptr()) not in self._waiting:
             return False
         self._done.append(place)
-        weight.baddbmm_(above.mT, values, beta=self._keep, alpha=-self._rate)
+        weight.baddbmm_(above.mT, values, alpha=-self._rate)
         return True
 
 
@@ -116,22 +118,40 @@ class _Products(torch.autograd.Function):
 
 
 def lone_weights(losses: Tensor, leaves: Sequence[Tensor]) -> list[int]:
-    """Return the places of those `leaves` that the losses need as the weight of one linear layer, once, and for nothing
-    else."""
+    """Return the places of those `leaves` that the losses need as the weight of one linear layer, and for nothing else.
+
+    None of them, where a user's own function has a part in the backward pass: it may keep values of a weight.
+    Raises: UnsupportedError: for an operation whose gradients torch's maps get wrong.
+    """
     places = {id(leaf): place for place, leaf in enumerate(leaves)}
     uses, lone = [0] * len(leaves), [False] * len(leaves)
     waiting, seen = [losses.grad_fn], {losses.grad_fn}
     while waiting:
         node = waiting.pop()
+        if isinstance(node, BackwardCFunction) and type(node).__name__ != _BACKWARD:
+            return []
+        _refuse_wrong_rules(node)
         for number, (source, _) in enumerate(() if node is None else node.next_functions):
             place = places.get(id(getattr(source, "variable", None)))
             if place is not None:
                 uses[place] += 1
-                lone[place] = number == 1 and type(node).__name__ == f"{_Products.__name__}Backward"
+                lone[place] = number == 1 and type(node).__name__ == _BACKWARD
             elif source is not None and source not in seen:
                 seen.add(source)
                 waiting.append(source)
     return [place for place, once in enumerate(lone) if once and uses[place] == 1]
+
+
+_BACKWARD = f"{_Products.__name__}Backward"
+
+
+def _refuse_wrong_rules(node: object) -> None:
+    if type(node).__name__ != "EmbeddingBackward0":
+        return
+    if getattr(node, "_saved_scale_grad_by_freq", False):
+        raise UnsupportedError("an embedding scales its gradient by frequency, which a map gets wrong")
+    if 0 <= getattr(node, "_saved_padding_idx", -1) < 1 << 62:
+        raise UnsupportedError("F.embedding is called with a padding_idx, which a map gets wrong; use nn.Embedding")
 
 
 def _first(part: Tensor, dim: int | None, clients: int) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedml_core.dropout import KeyedDropout
@@ -19,6 +18,7 @@ from fedml_core.randomness import Key
 from simulations.engines.batch_trainer import UnsupportedError
 from simulations.engines.batched_layers import Averages, vectorised_layers
 from simulations.engines.batched_linear import Linears
+from simulations.engines.tensor_slots import TensorSlots
 
 __all__ = ["OWN_ERRORS", "BatchedModel", "Layers", "explained"]
 
@@ -55,6 +55,10 @@ class BatchedModel:
         self.parameters = len(self._spec.parameters)
         self._step = 0
         self._before: dict[str, tuple[Tensor, int]] = {}
+        _refuse_hooks(self.module)
+        self._slots = TensorSlots(self.module, self._names)
+        parameters, buffers = self.module.named_parameters(), self.module.named_buffers()
+        self._all = TensorSlots(self.module, [name for name, _ in chain(parameters, buffers)])
         self._vectorised = torch.vmap(self._one, randomness="error")
 
     @contextmanager
@@ -101,15 +105,14 @@ class BatchedModel:
         """
         self._dropout.at(self._step, stream)
         self._averages.next_forward()
-        buffers = dict(self.module.named_buffers())
-        given = {**parameters, **buffers}
+        held = dict(chain(self.module.named_parameters(), self.module.named_buffers()))
+        given = [parameters.get(name, tensor) for name, tensor in held.items()]
         try:
-            outputs = functional_call(self.module, given, tuple(tensor.unsqueeze(0) for tensor in inputs))
+            outputs, replaced = self._all.call(given, [tensor.unsqueeze(0) for tensor in inputs])
         finally:
             self._dropout.at(0, 0)
-        changed = next((name for name, buffer in buffers.items() if given[name] is not buffer), None)
-        if changed is not None:
-            raise UnsupportedError(f"the model changes {changed}, which no noise would protect")
+        for place in replaced:
+            raise UnsupportedError(f"the model changes {list(held)[place]}, which no noise would protect")
         return outputs
 
     def __call__(self, state: Sequence[Tensor], inputs: Sequence[Tensor], streams: Tensor) -> Any:
@@ -125,12 +128,10 @@ class BatchedModel:
 
     def _one(self, state: tuple[Tensor, ...], inputs: tuple[Tensor, ...], stream: Tensor) -> Any:
         self._dropout.at(self._step, stream)
-        given = dict(zip(self._names, state, strict=True))
-        outputs = functional_call(self.module, given, inputs)
-        for name, tensor in zip(self._names[self.parameters :], state[self.parameters :], strict=True):
+        outputs, replaced = self._slots.call(state, inputs)
+        for place, tensor in replaced.items():
             # A module may put a new tensor in a buffer's place instead of changing it.
-            if given[name] is not tensor:
-                tensor.copy_(given[name])
+            state[place].copy_(tensor)
         return outputs
 
     def _shared(self) -> Mapping[str, Tensor]:
@@ -155,6 +156,19 @@ def explained(error: Exception, model: BatchedModel, what: str) -> UnsupportedEr
     reason = next((text for sign, text in _REASONS.items() if sign in line), None)
     where = model.layer_of(error) or what
     return UnsupportedError(f"{where} cannot be vectorised: {reason or f'{type(error).__name__}: {line:.160}'}")
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    """Refuse hooks on gradients, which would not be called.
+
+    Raises: UnsupportedError: naming what has one.
+    """
+    for name, part in module.named_modules(prefix="model"):
+        if part._backward_hooks or part._backward_pre_hooks:
+            raise UnsupportedError(f"{name} ({type(part).__name__}) has hooks on its gradients")
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise UnsupportedError(f"parameter {name} has hooks on its gradient")
 
 
 def _is(now: Tensor | None, before: Tensor, version: int) -> bool:

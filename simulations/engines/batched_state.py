@@ -66,7 +66,7 @@ class Steering:
             gradients = [gradient + offset for gradient, offset in zip(gradients, offsets, strict=True)]
         if self.max_norm is None:
             return gradients
-        norms = [torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]
+        norms = [torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1) for gradient in gradients]
         # torch.nn.utils.clip_grad_norm_ has the same 1e-6.
         scale = (self.max_norm / (torch.linalg.vector_norm(torch.stack(norms), dim=0) + 1e-6)).clamp(max=1.0)
         return [gradient * scale.view(-1, *[1] * (gradient.dim() - 1)) for gradient in gradients]
@@ -170,6 +170,6 @@ def _leaves(tensors: list[Tensor], parameters: int) -> list[Tensor]:
 def _parts(vectors: Tensor, spec: ModelSpec) -> list[Tensor]:
     lead = vectors.shape[:-1]
     return [
-        vectors[..., tensor.offset : tensor.offset + tensor.size].reshape(*lead, *tensor.shape)
+        vectors[..., tensor.offset : tensor.offset + tensor.size].reshape((*lead, *tensor.shape))
         for tensor in spec.parameters
     ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ __all__ = ["BatchedTrained"]
 class BatchedTrained:
     """K clients that were trained; see `Trained`.
 
-    Args: order: which of the clients, as they were given, each row of `state` is. sums, facts: (K,) each, of the rows.
+    Args: order: which of the clients, as they were given, each row of `state` is. sums, facts: (K,) each, of the rows;
+        sums are asked for once, when somebody needs them: up to then nobody has waited for a GPU's steps.
     """
 
     def __init__(
@@ -28,17 +30,22 @@ class BatchedTrained:
         spec: ModelSpec,
         state: BatchedState,
         order: NDArray[np.int64],
-        sums: Mapping[str, Tensor],
+        sums: Callable[[], Mapping[str, Tensor]],
         facts: Mapping[str, Tensor],
     ) -> None:
         self._spec, self._state, self._order = spec, state, torch.from_numpy(order)
         self._back = torch.from_numpy(np.argsort(order))
         self._ordered = bool((order == np.arange(len(order))).all())
-        self.reports = Update(
-            torch.empty(len(order), 0),
-            torch.ones(len(order), dtype=torch.float64),
-            {name: column[self._back] for name, column in sums.items()},
-            {name: column[self._back] for name, column in facts.items()},
+        self._sums, self._facts = sums, facts
+
+    @cached_property
+    def reports(self) -> Update:
+        """Return what the clients report."""
+        return Update(
+            torch.empty(len(self._order), 0),
+            torch.ones(len(self._order), dtype=torch.float64),
+            {name: column[self._back] for name, column in self._sums().items()},
+            {name: column[self._back] for name, column in self._facts.items()},
         )
 
     @torch.no_grad()
@@ -59,5 +66,5 @@ class BatchedTrained:
             made = torch.empty(self._spec.size, device=moved[0].device)
             mine = factors.float()[self._order].to(made.device)
             for part, view in zip(moved, self._spec.views(made).values(), strict=True):
-                view.copy_((mine @ part.flatten(1)).view_as(view))
+                view.copy_((mine @ part.reshape(len(part), -1)).view_as(view))
             return made.cpu()

@@ -36,9 +36,9 @@ class FunctionalOptimizer(ABC):
         """Return the first value of each slot of memory."""
 
     @property
-    def keep(self) -> float | None:
-        """Return k where a step makes k x parameters - rate x gradients of the parameters, and None elsewhere."""
-        return None
+    def plain(self) -> bool:
+        """Return whether a step is to take rate x gradients off the parameters, and nothing else."""
+        return False
 
     def step(self, parameters: Tensors, gradients: Tensors, slots: Sequence[Tensors], number: int) -> None:
         """Change `parameters` and `slots` in place; `gradients` are left as they are. `number` counts from 1."""
@@ -64,8 +64,8 @@ class _Descent(FunctionalOptimizer):
         return (0.0,) if self.momentum else ()
 
     @property
-    def keep(self) -> float | None:
-        return None if self.momentum or self.maximize else 1 - self.rate * self.decay
+    def plain(self) -> bool:
+        return not (self.momentum or self.maximize or self.decay)
 
     def _step(self, parameters: Tensors, gradients: Tensors, slots: Sequence[Tensors], number: int) -> None:
         if self.momentum:
@@ -213,6 +213,8 @@ def functional(optimizer: Optimizer) -> FunctionalOptimizer:
     if len(optimizer.param_groups) != 1:
         raise UnsupportedError(f"optimizer {name} has several parameter groups; clients side by side need one")
     group = optimizer.param_groups[0]
+    if group.get("differentiable"):
+        raise UnsupportedError(f"optimizer {name} is differentiable; leave that out")
     return make(group, {"rate": float(group["lr"]), "maximize": bool(group.get("maximize", False))})
 
 

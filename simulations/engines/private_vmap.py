@@ -118,7 +118,7 @@ class PrivateVmapTrainer(BatchTrainer):
         ones = torch.ones(count, dtype=torch.float64)
         reports = {"examples": ones * (training.batch_size / private.sampling_rate)}
         facts = {"steps": ones * steps, "step_size": ones * (steps * optimizer.rate)}
-        return BatchedTrained(spec, state, np.arange(count), reports, facts)
+        return BatchedTrained(spec, state, np.arange(count), lambda: reports, facts)
 
     def _width(self, clients: int) -> int:
         """Return how many examples of each client are differentiated at once."""

@@ -126,17 +126,21 @@ class VmapTrainer(BatchTrainer):
         for step, batches in plan.batches(examples):
             take(step, batches, optimizer, steering)
         steps = plan.steps_taken.double()
-        sums = {"examples": plan.totals, **tally.sums()}
-        return BatchedTrained(self.spec, state, plan.order, sums, {"steps": steps, "step_size": steps * optimizer.rate})
+        facts = {"steps": steps, "step_size": steps * optimizer.rate}
+        return BatchedTrained(self.spec, state, plan.order, partial(_sums, plan, tally), facts)
 
     def _coupled(self, work: BatchWork, examples: Examples, when: str) -> Coupling:
         if self._coupling is not None:
             return self._coupling
-        found = coupling(self._bench.task, self._model.single, examples, work.training.batch_size)
+        found = coupling(self._bench.task, self._bench.module, self._model.single, examples, work.training.batch_size)
         self._bench.load(work.parameters, when)
         if len(examples) > 1:
             self._coupling = found
         return found
+
+
+def _sums(plan: Plan, tally: BatchTally) -> dict[str, Tensor]:
+    return {"examples": plan.totals, **tally.sums()}
 
 
 class _Run:
@@ -167,10 +171,9 @@ class _Run:
         tensors = self.state.tensors(step.active)
         taken: Sequence[int] = ()
         if len(step.groups) == 1:
-            steered = steering.guided or steering.max_norm is not None
-            keep = None if steered else optimizer.keep
-            taken = () if keep is None else self._model.linears.lone or ()
-            with self._model.linears.descending([tensors[place] for place in taken], optimizer.rate, keep or 0.0):
+            linears, steered = self._model.linears, steering.guided or steering.max_norm is not None
+            taken = linears.lone or () if optimizer.plain and not steered else ()
+            with linears.descending([tensors[place] for place in taken], optimizer.rate):
                 gradients = list(self._gradients(step, step.groups[0], tensors, batches))
         else:
             gradients = [None] * self._model.parameters
@@ -204,16 +207,16 @@ class _Run:
             shares = torch.ones_like(losses)
             if self.plan.weighted:
                 raise TaskError("a scalar loss cannot weigh its examples")
-        parameters = tensors[: self._model.parameters]
-        if self._model.linears.lone is None:
-            self._model.linears.lone = lone_weights(losses, parameters)
-        gradients = torch.autograd.grad(losses, parameters, shares, allow_unused=True)
         with torch.no_grad():
             self.tally.add("loss", step, places, losses.detach(), count)
             for name, metric in self._metrics.items():
                 values = call(metric, outputs, targets, f"the task's metric {name}")
                 self.tally.add(name, step, places, values.detach(), count)
-        return gradients
+        parameters = tensors[: self._model.parameters]
+        if self._model.linears.lone is None:
+            self._model.linears.lone = lone_weights(losses, parameters)
+        # Last, because weights may take their step within.
+        return torch.autograd.grad(losses, parameters, shares, allow_unused=True)
 
     @staticmethod
     def _call_together(call: Any, outputs: Any, targets: Tensor, what: str) -> Tensor:

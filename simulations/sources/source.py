@@ -113,10 +113,11 @@ class Source(Named, ABC):
 
 
 def packed_of(clients: Iterable[ClientData]) -> Packed | None:
-    """Return the clients' training examples as one, or None if one of them is not in memory as `Examples`."""
+    """Return the clients' training examples as one, or None if they are not all `Examples` of one shape and dtype."""
     parts = []
     for client in clients:
         if not isinstance(client.train, Examples):
             return None
         parts.append(client.train)
-    return Packed.of(parts) if parts else None
+    alike = len({tuple((c.shape[1:], c.dtype) for c in (*part.inputs, part.targets)) for part in parts}) == 1
+    return Packed.of(parts) if alike else None

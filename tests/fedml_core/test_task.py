@@ -118,6 +118,12 @@ def test_cross_entropy_of_many_examples_and_few_classes_is_torchs(count: int, cl
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [200, 300])
+def test_cross_entropy_takes_labels_of_a_byte(count: int) -> None:
+    logits, labels = torch.randn(count, 4), torch.arange(count) % 4
+    assert torch.allclose(cross_entropy(logits, labels.to(torch.uint8)), cross_entropy(logits, labels), atol=1e-6)
+
+
 def test_cross_entropy_takes_probabilities_of_many_examples() -> None:
     logits, labels = torch.randn(300, 4), torch.softmax(torch.randn(300, 4), dim=1)
     assert torch.equal(cross_entropy(logits, labels), F.cross_entropy(logits, labels, reduction="none"))
