@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedml_core.dense import Factors
 from fedml_core.training import Training
 
 __all__ = ["SGD", "sgd_of"]
@@ -39,6 +40,19 @@ class SGD:
         self._momentum, self._dampening, self._decay = momentum, dampening, weight_decay
         self._nesterov, self._maximize = nesterov, maximize
         self._velocities: dict[int, Tensor] = {}
+
+    @property
+    def plain(self) -> bool:
+        """Return whether a step is to take rate x gradients off the parameters, and nothing else."""
+        return not (self._momentum or self._decay or self._maximize)
+
+    @torch.no_grad()
+    def descend(self, factors: Sequence[Factors]) -> None:
+        """Take the step of gradients, or parts of them, of which there are only the factors; for a plain one."""
+        trained = {id(parameter) for parameter in self.param_groups[0]["params"]}
+        for weight, errors, inputs in factors:
+            if id(weight) in trained:
+                weight.addmm_(errors.t(), inputs, alpha=-self.param_groups[0]["lr"])
 
     @torch.no_grad()
     def step(self) -> None:

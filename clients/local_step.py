@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from clients.descent import SGD
 from clients.optimizers import needs_closure
+from fedml_core.dense import Factors, factored_weights
 from fedml_core.errors import ConfigError
 from fedml_core.forward import Forward, Tally, guarded
 from fedml_core.minibatches import Batch
@@ -87,6 +88,7 @@ class LocalStep:
             step = partial(scaler.step, optimizer)  # type: ignore[arg-type]  # it reads param_groups and calls step
         self._step = guarded(step, f"optimizer {type(optimizer).__name__}", when, ConfigError)
         self._searches = needs_closure(optimizer)
+        self._factored = optimizer if isinstance(optimizer, SGD) and self._takes_factors(optimizer) else None
         self.steps, self.step_size = 0, 0.0
         if scaler is not None:
             self._check_scaled()
@@ -96,20 +98,34 @@ class LocalStep:
         if self._searches:
             self._search(batch)
         elif self._scaler is None:
-            self._differentiate(batch, count=True)
+            _, _, factors = self._differentiate(batch, count=True)
             self._step()
+            if factors and self._factored is not None:
+                self._factored.descend(factors)
         elif not self._scaled_step(batch, self._scaler):
             return
         self.steps += 1
         self.step_size += float(self._optimizer.param_groups[0].get("lr", 0.0))
 
-    def _differentiate(self, batch: Batch, *, count: bool) -> tuple[Tensor, Tensor]:
-        """Leave the gradient of the weighted mean loss in the parameters; return the losses and their shares."""
+    def _takes_factors(self, optimizer: SGD) -> bool:
+        """Return whether nobody but the optimizer's own plain step looks at a weight's gradient."""
+        hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._steering.parameters)
+        return self._plain and optimizer.plain and self._scaler is None and not hooked
+
+    def _differentiate(self, batch: Batch, *, count: bool) -> tuple[Tensor, Tensor, list[Factors]]:
+        """Leave the gradient of the weighted mean loss in the parameters; return the losses and their shares.
+
+        And the factors of gradients, or parts of them, that were not made.
+        """
         for parameter in self._steering.parameters:
             parameter.grad = None
         losses, outputs = self._forward(batch)
         shares = _shares(losses.detach(), batch[2])
-        if self._scaler is None:
+        factors: list[Factors] = []
+        if self._factored is not None:
+            with factored_weights(losses) as factors:
+                self._backward(losses, shares)
+        elif self._scaler is None:
             self._backward(losses, shares)
         else:
             self._backward_scaled(self._scaler.scale(losses), shares)
@@ -118,7 +134,7 @@ class LocalStep:
             self._steering.apply()
         if count:
             self._forward.tally(self._tally, losses, outputs, batch)
-        return losses, shares
+        return losses, shares, factors
 
     def _scaled_step(self, batch: Batch, scaler: torch.amp.GradScaler) -> bool:
         """Return whether a step was taken: the scaler skips one whose gradients overflowed float16."""
@@ -134,7 +150,7 @@ class LocalStep:
         def closure() -> Tensor:
             nonlocal first
             with torch.enable_grad():
-                losses, shares = self._differentiate(batch, count=first)
+                losses, shares, _ = self._differentiate(batch, count=first)
             first = False
             return (losses.detach() * shares).sum() + self._steering.value()
 

@@ -5,7 +5,9 @@ Whether a call takes this way depends on shapes and types alone, never on measur
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -13,9 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from fedml_core.backward_graph import users_backward
 from fedml_core.replaced_forward import has_forward_of, replaced_forwards
 
-__all__ = ["product", "quick_dense"]
+__all__ = ["Factors", "factored_weights", "product", "quick_dense"]
+
+Factors = tuple[Tensor, Tensor, Tensor]
+"""A weight (m, k), the errors (n, m) of its outputs, and its inputs (n, k)."""
+
+_FACTORS: ContextVar[list[Factors] | None] = ContextVar("fedveil_factors", default=None)
 
 # Multiplications of a forward pass below which a step spends more on the detour than it gains.
 _FEWEST = 1 << 21
@@ -74,10 +82,26 @@ def _product(rows: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tenso
     return torch.ops.mkldnn._linear_pointwise.default(rows, columns, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
+@contextmanager
+def factored_weights(losses: Tensor) -> Iterator[list[Factors]]:
+    """Let the backward pass of `losses`, inside, leave the gradients of large weights as the factors that are given.
+
+    A weight's `.grad` is then what it contributes otherwise, or None. None are left where a user's own function, which
+    might ask for a gradient, has a part in the pass.
+    """
+    factors: list[Factors] = []
+    token = _FACTORS.set(None if users_backward(losses, _Dense) else factors)
+    try:
+        yield factors
+    finally:
+        _FACTORS.reset(token)
+
+
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(inputs, weight)
+        ctx.leaf = weight if weight.is_leaf else None
         return _product(inputs, weight, bias)
 
     @staticmethod
@@ -87,9 +111,13 @@ class _Dense(torch.autograd.Function):
         of_inputs, of_weight, of_bias = ctx.needs_input_grad
         # Under create_graph, this pass is itself differentiated, which oneDNN's product is not.
         times = (lambda rows, columns: rows @ columns.t()) if torch.is_grad_enabled() else _product
-        rows = gradient.reshape(-1, gradient.shape[-1]).contiguous()
+        rows, columns = gradient.reshape(-1, gradient.shape[-1]).contiguous(), inputs.reshape(-1, inputs.shape[-1])
+        factors = _FACTORS.get()
+        if of_weight and factors is not None and ctx.leaf is not None and not torch.is_grad_enabled():
+            factors.append((ctx.leaf, rows, columns))
+            of_weight = False
         return (
             times(rows, weight.t()).view(inputs.shape) if of_inputs else None,
-            times(rows.t(), inputs.reshape(-1, inputs.shape[-1]).t()) if of_weight else None,
+            times(rows.t(), columns.t()) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )

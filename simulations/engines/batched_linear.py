@@ -1,4 +1,4 @@
-"""Linear layers of K clients, of which each gradient has its weights' own layout, or is never stored.
+"""Linear layers of K clients, of which each gradient has its weights' own layout, or is never made.
 
 Torch sees to the layout for one matrix but not for many, and a step on transposed gradients takes several times as
 long.
@@ -6,7 +6,7 @@ long.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,41 +21,39 @@ from torch._C._functorch import (
     peek_interpreter_stack,
 )
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-from torch.autograd.function import BackwardCFunction
 
+from fedml_core.backward_graph import backward_nodes, users_backward
 from simulations.engines.batch_trainer import UnsupportedError
 
-__all__ = ["Linears", "lone_weights"]
+__all__ = ["Factors", "Linears", "leaves_factors"]
+
+
+Factors = tuple[Tensor, Tensor, Tensor]
+"""A weight (K, o, i), the errors (K, n, o) of its outputs, and its inputs (K, n, i)."""
 
 
 class Linears:
-    """The linear layers of a model. Weights that it is told of take SGD's step within the backward pass.
+    """The linear layers of a model, whose weights' gradients may be left in their factors.
 
-    `lone`: for the caller to keep what `lone_weights` found.
+    `able`: for the caller to keep whether they may; see `leaves_factors`.
     """
 
     def __init__(self) -> None:
-        self.lone: list[int] | None = None
-        self._rate = 0.0
-        self._waiting, self._done = frozenset[int](), list[int]()
+        self.able: bool | None = None
+        self._factors: list[Factors] | None = None
 
     @contextmanager
-    def descending(self, weights: Sequence[Tensor], rate: float) -> Iterator[None]:
-        """Let each of the clients' `weights` (K, o, i) descend by rate x its gradient, as soon as that is known.
+    def factoring(self, wanted: bool) -> Iterator[list[Factors]]:
+        """Let backward passes inside leave the gradient of each weight that is a leaf as the factors that are given.
 
-        Autograd returns no gradient of it.
-
-        Args: weights: of which each is used by one linear layer, once, and by nothing else; see `lone_weights`.
-        Raises: UnsupportedError: on leaving, if one has not taken its step, or two.
+        Autograd returns none of it, or what the weight contributes otherwise. Nothing happens unless `wanted`.
         """
-        self._rate = rate
-        self._waiting, self._done = frozenset(weight.data_ptr() for weight in weights), []
+        factors: list[Factors] = []
+        self._factors = factors if wanted else None
         try:
-            yield
-            if sorted(self._done) != sorted(self._waiting):
-                raise UnsupportedError("the loss needs a linear layer at some steps and not, or twice, at others")
+            yield factors
         finally:
-            self._waiting = frozenset()
+            self._factors = None
 
     def forward(self, layer: nn.Linear, values: Tensor) -> Tensor:
         """Return what nn.Linear returns; inside `torch.vmap` its weights may be each client's own."""
@@ -84,12 +82,11 @@ class Linears:
             made: Tensor = _Products.apply(*parts, self)  # type: ignore[no-untyped-call]  # torch's own
         return _add_batch_dim(made, 0, level)
 
-    def take(self, weight: Tensor, above: Tensor, values: Tensor) -> bool:
-        """Take the step of a weight whose gradient is (K, n, o) times (K, n, i); return whether it is to take one."""
-        if (place := weight.data_ptr()) not in self._waiting:
+    def leave(self, weight: Tensor | None, above: Tensor, values: Tensor) -> bool:
+        """Keep a gradient's factors, if that is wanted of this weight, and return whether it is."""
+        if self._factors is None or weight is None:
             return False
-        self._done.append(place)
-        weight.baddbmm_(above.mT, values, alpha=-self._rate)
+        self._factors.append((weight, above, values))
         return True
 
 
@@ -100,7 +97,7 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor | None, linears: Linears) -> Tensor:
         """Return (K, n, o)."""
         ctx.save_for_backward(values, weight)
-        ctx.linears = linears
+        ctx.linears, ctx.leaf = linears, weight if weight.is_leaf else None
         if bias is None:
             return torch.bmm(values, weight.mT)
         return torch.baddbmm(bias[:, None], values, weight.mT)
@@ -112,37 +109,19 @@ class _Products(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         of_values = torch.bmm(above, weight) if wanted[0] else None
         of_weight = None
-        if wanted[1] and not ctx.linears.take(weight, above, values):
+        if wanted[1] and not ctx.linears.leave(ctx.leaf, above, values):
             of_weight = torch.bmm(above.mT, values)
         return of_values, of_weight, above.sum(dim=1) if wanted[2] else None, None
 
 
-def lone_weights(losses: Tensor, leaves: Sequence[Tensor]) -> list[int]:
-    """Return the places of those `leaves` that the losses need as the weight of one linear layer, and for nothing else.
+def leaves_factors(losses: Tensor) -> bool:
+    """Return whether a backward pass may leave factors: not where a user's own function might ask for what they make.
 
-    None of them, where a user's own function has a part in the backward pass: it may keep values of a weight.
     Raises: UnsupportedError: for an operation whose gradients torch's maps get wrong.
     """
-    places = {id(leaf): place for place, leaf in enumerate(leaves)}
-    uses, lone = [0] * len(leaves), [False] * len(leaves)
-    waiting, seen = [losses.grad_fn], {losses.grad_fn}
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, BackwardCFunction) and type(node).__name__ != _BACKWARD:
-            return []
+    for node in backward_nodes(losses):
         _refuse_wrong_rules(node)
-        for number, (source, _) in enumerate(() if node is None else node.next_functions):
-            place = places.get(id(getattr(source, "variable", None)))
-            if place is not None:
-                uses[place] += 1
-                lone[place] = number == 1 and type(node).__name__ == _BACKWARD
-            elif source is not None and source not in seen:
-                seen.add(source)
-                waiting.append(source)
-    return [place for place, once in enumerate(lone) if once and uses[place] == 1]
-
-
-_BACKWARD = f"{_Products.__name__}Backward"
+    return not users_backward(losses, _Products)
 
 
 def _refuse_wrong_rules(node: object) -> None:

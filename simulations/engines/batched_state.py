@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from fedml_core.errors import StrategyError
 from fedml_core.model import ModelSpec
 from fedml_core.transform import Guide
 from simulations.engines.batch_trainer import UnsupportedError
+from simulations.engines.batched_linear import Factors
 from simulations.engines.functional_optimizers import FunctionalOptimizer
 
 __all__ = ["BatchedState", "Steering"]
@@ -114,34 +115,36 @@ class BatchedState:
         steering: Steering,
         gradients: Gradients,
         number: int,
-        taken: Collection[int] = (),
+        factors: Sequence[Factors] = (),
     ) -> None:
         """Take step `number`, from 1, of the clients whose gradients these are.
 
-        Args: taken: the places of parameters that have taken it, without a gradient.
-        Raises: UnsupportedError: if the loss reaches other parameters than at the first step, or one that has taken its
-            step by another way too.
+        Args: factors: of weights' gradients, or of parts of them, that were not made; for a plain optimizer's step.
+        Raises: UnsupportedError: if the loss reaches other parameters than at the first step.
         """
         parameters = self._prefix[: self._count]
-        if any(gradients[place] is not None for place in taken):
-            raise UnsupportedError("the loss reaches a linear layer's weights by another way at some steps only")
+        left = {id(weight) for weight, _, _ in factors}
         if steering.guided:
             gradients = [
                 torch.zeros_like(parameter) if gradient is None else gradient
                 for parameter, gradient in zip(parameters, gradients, strict=True)
             ]
-        used = tuple(place for place, gradient in enumerate(gradients) if gradient is not None or place in taken)
+        used = tuple(
+            place for place, gradient in enumerate(gradients) if gradient is not None or id(parameters[place]) in left
+        )
         if self._used is None:
             self._begin(used, optimizer)
         elif used != self._used:
             raise UnsupportedError(
                 "the loss reaches other parameters at each step, which torch's optimizers tell apart"
             )
-        given = [parameters[place] for place in used if place not in taken]
+        given = [parameters[place] for place in used if gradients[place] is not None]
         found = [gradient for gradient in gradients if gradient is not None]
         if steering.guided or steering.max_norm is not None:
             found = steering.apply(used, given, found)
         optimizer.step(given, found, self._slot_prefix, number)
+        for weight, above, values in factors:
+            weight.baddbmm_(above.mT, values, alpha=-optimizer.rate)
 
     def moved(self) -> list[Tensor]:
         """Return how far each tensor has moved, (K, *shape); no step may follow."""

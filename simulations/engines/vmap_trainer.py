@@ -6,7 +6,6 @@ is needed for the forward pass only, and losses and metrics that treat examples 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -27,7 +26,7 @@ from simulations.engines.batch_coupling import Coupling, coupling
 from simulations.engines.batch_plan import Batches, Group, Plan, Step
 from simulations.engines.batch_tally import BatchTally
 from simulations.engines.batch_trainer import BatchTrainer, BatchWork, UnsupportedError
-from simulations.engines.batched_linear import lone_weights
+from simulations.engines.batched_linear import Factors, leaves_factors
 from simulations.engines.batched_model import OWN_ERRORS, BatchedModel, explained
 from simulations.engines.batched_state import BatchedState, Steering
 from simulations.engines.batched_trained import BatchedTrained
@@ -58,7 +57,6 @@ class VmapTrainer(BatchTrainer):
     ) -> None:
         self._bench = Evaluator(task, seed, device=device)
         self._model = BatchedModel(self._bench)
-        self.linears = self._model.linears
         self._deterministic, self._optimizer = deterministic, optimizer
         self._coupling: Coupling | None = None
         self._blocks: list[Tensor] | None = None
@@ -80,16 +78,6 @@ class VmapTrainer(BatchTrainer):
             raise UnsupportedError(
                 "precision float16 scales each client's losses in its own way; use bfloat16 or float32"
             )
-        try:
-            return self._explained(work)
-        except UnsupportedError:
-            if not self.linears.lone:
-                raise
-            # It may be a model that uses its weights in other ways by now than when they were found to be alone.
-            self.linears.lone = []
-            return self._explained(work)
-
-    def _explained(self, work: BatchWork) -> BatchedTrained:
         device = self._bench.device
         try:
             seeded = seeded_torch(seed_of(*work.purpose, "train"), device)
@@ -169,17 +157,16 @@ class _Run:
         """Take one step of all clients that still train."""
         self._model.begin_step(step.number)
         tensors = self.state.tensors(step.active)
-        taken: Sequence[int] = ()
+        factors: list[Factors] = []
         if len(step.groups) == 1:
-            linears, steered = self._model.linears, steering.guided or steering.max_norm is not None
-            taken = linears.lone or () if optimizer.plain and not steered else ()
-            with linears.descending([tensors[place] for place in taken], optimizer.rate):
-                gradients = list(self._gradients(step, step.groups[0], tensors, batches))
+            steered = steering.guided or steering.max_norm is not None
+            plain = optimizer.plain and not steered
+            gradients, factors = self._gradients(step, step.groups[0], tensors, batches, factored=plain)
         else:
             gradients = [None] * self._model.parameters
             for group in step.groups:
                 parts = self.state.parts(step.active, group.places)
-                found = self._gradients(step, group, parts, batches)
+                found, _ = self._gradients(step, group, parts, batches, factored=False)
                 self.state.put_back(group.places, parts)
                 for place, gradient in enumerate(found):
                     if gradient is not None:
@@ -187,11 +174,11 @@ class _Run:
                         if whole is None:
                             whole = gradients[place] = torch.zeros_like(tensors[place])
                         whole[group.places] = gradient
-        self.state.step(optimizer, steering, gradients, step.number + 1, taken)
+        self.state.step(optimizer, steering, gradients, step.number + 1, factors)
 
     def _gradients(
-        self, step: Step, group: Group, tensors: list[Tensor], batches: Batches
-    ) -> tuple[Tensor | None, ...]:
+        self, step: Step, group: Group, tensors: list[Tensor], batches: Batches, *, factored: bool
+    ) -> tuple[list[Tensor | None], list[Factors]]:
         places, count = group.places, group.count
         if group.whole:
             places = slice(0, step.active)
@@ -212,11 +199,13 @@ class _Run:
             for name, metric in self._metrics.items():
                 values = call(metric, outputs, targets, f"the task's metric {name}")
                 self.tally.add(name, step, places, values.detach(), count)
+        linears = self._model.linears
+        if linears.able is None:
+            linears.able = leaves_factors(losses)
         parameters = tensors[: self._model.parameters]
-        if self._model.linears.lone is None:
-            self._model.linears.lone = lone_weights(losses, parameters)
-        # Last, because weights may take their step within.
-        return torch.autograd.grad(losses, parameters, shares, allow_unused=True)
+        with linears.factoring(factored and linears.able) as factors:
+            gradients = torch.autograd.grad(losses, parameters, shares, allow_unused=True)
+        return list(gradients), factors
 
     @staticmethod
     def _call_together(call: Any, outputs: Any, targets: Tensor, what: str) -> Tensor:

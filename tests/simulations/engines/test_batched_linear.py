@@ -1,4 +1,4 @@
-"""Weights that descend within the backward pass: which may, that the result is the same, and what is refused."""
+"""Gradients that are left in their factors: whose, that the result is the same, and where they are made."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from fedml_core.task import Task
 from fedml_core.training import Training
-from simulations.engines.batch_trainer import UnsupportedError
-from simulations.engines.batched_linear import Linears, lone_weights
+from simulations.engines.batched_linear import Linears
 from simulations.engines.vmap_trainer import VmapTrainer
 from tests.simulations.engines.vmap_cases import MODELS, SIZES, VECTOR, check, cohort, work_of
 
-# The least that a weight's own step, one that autograd does not see, must be taken for.
 TRAINING = Training(epochs=3, batch_size=4, learning_rate=0.1)
 
 
@@ -45,28 +43,28 @@ class Odd(nn.Module):
 
 
 @pytest.fixture
-def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return how many weights took their steps by themselves, as a list with an entry for each."""
-    taken, real = list[int](), Linears.take
+def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list with an entry for each gradient that was left in factors."""
+    found, real = list[int](), Linears.leave
 
-    def counted(self: Linears, *given: Tensor) -> bool:
-        descends = real(self, *given)
-        taken.extend([1] * descends)
-        return descends
+    def counted(self: Linears, weight: Tensor | None, above: Tensor, values: Tensor) -> bool:
+        leaves = real(self, weight, above, values)
+        found.extend([1] * leaves)
+        return leaves
 
-    monkeypatch.setattr(Linears, "take", counted)
-    return taken
+    monkeypatch.setattr(Linears, "leave", counted)
+    return found
 
 
 def task(model: Callable[[], nn.Module]) -> Task:
     return Task.classification(model=model, classes=3)
 
 
-@pytest.mark.parametrize("name", ["perceptron", "transformer", "residual", "tied"])
-def test_plain_descent_stores_no_gradient_and_ends_where_each_alone_does(name: str, steps_taken: list[int]) -> None:
+@pytest.mark.parametrize("name", ["perceptron", "transformer", "residual", "tied", "dropout-twice"])
+def test_plain_descent_makes_no_gradient_and_ends_where_each_alone_does(name: str, left: list[int]) -> None:
     model, shape = MODELS[name]
     check(task(model), cohort(shape, SIZES), TRAINING)
-    assert bool(steps_taken) == (name != "tied")
+    assert left
 
 
 @pytest.mark.parametrize(
@@ -80,50 +78,21 @@ def test_plain_descent_stores_no_gradient_and_ends_where_each_alone_does(name: s
     ],
     ids=str,
 )
-def test_whatever_else_is_done_to_a_gradient_gets_it(settings: dict[str, Any], steps_taken: list[int]) -> None:
+def test_whatever_else_is_done_to_a_gradient_gets_it(settings: dict[str, Any], left: list[int]) -> None:
     check(task(MODELS["perceptron"][0]), cohort(VECTOR, SIZES), TRAINING.model_copy(update=settings), tolerance=1e-4)
-    assert not steps_taken
+    assert not left
 
 
-@pytest.mark.parametrize(
-    ("way", "expected"), [("once", [0, 2]), ("twice", [2]), ("otherwise", [2]), ("never", [2]), ("read", [0, 2])]
-)
-def test_only_weights_with_one_use_may_descend_by_themselves(
-    way: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Odd, "way", way)
-    trainer = VmapTrainer(task(Odd), device="cpu")
-    trainer.train(work_of(cohort(VECTOR, SIZES), trainer.initial(), TRAINING, list(range(len(SIZES))), None))
-    assert trainer.linears.lone == expected
-
-
-@pytest.mark.parametrize("way", ["twice", "otherwise", "never"])
-def test_weights_that_are_used_otherwise_later_get_their_gradients_again(
-    way: str, monkeypatch: pytest.MonkeyPatch, steps_taken: list[int]
+@pytest.mark.parametrize("way", ["once", "twice", "otherwise", "never", "read"])
+def test_a_weight_may_be_used_in_any_other_way_besides(
+    way: str, monkeypatch: pytest.MonkeyPatch, left: list[int]
 ) -> None:
     trainer, parts = VmapTrainer(task(Odd), device="cpu"), cohort(VECTOR, SIZES)
-    check(task(Odd), parts, TRAINING, trainer=trainer)
-    assert steps_taken and trainer.linears.lone == [0, 2]
     monkeypatch.setattr(Odd, "way", way)
     check(task(Odd), parts, TRAINING, trainer=trainer)
-    assert trainer.linears.lone == []
-
-
-@pytest.mark.parametrize("way", ["twice", "otherwise", "never"])
-def test_a_step_taken_by_another_weight_than_was_said_is_an_error(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = VmapTrainer(task(Odd), device="cpu")
-    work = work_of(cohort(VECTOR, SIZES), trainer.initial(), TRAINING, list(range(len(SIZES))), None)
-    trainer.train(work)
-    monkeypatch.setattr(Odd, "way", way)
-    with pytest.raises(UnsupportedError, match="linear layer|inplace operation"):
-        trainer._explained(work)
-
-
-def test_a_weight_of_which_only_the_values_are_used_besides_is_what_it_was_before_the_step(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(Odd, "way", "read")
-    check(task(Odd), cohort(VECTOR, SIZES), TRAINING)
+    assert left
+    monkeypatch.setattr(Odd, "way", "once")
+    check(task(Odd), parts, TRAINING, trainer=trainer)
 
 
 class Scaled(nn.Module):
@@ -137,10 +106,27 @@ class Scaled(nn.Module):
         return self.second(self.first(x) * self.second.weight.detach()[0])  # type: ignore[no-any-return]
 
 
-def test_values_that_the_backward_pass_still_needs_are_not_changed_under_it() -> None:
-    trainer = VmapTrainer(task(Scaled), device="cpu")
-    check(task(Scaled), cohort(VECTOR, SIZES), TRAINING, trainer=trainer)
-    assert trainer.linears.lone == []
+def test_values_that_the_backward_pass_still_needs_are_not_changed_under_it(left: list[int]) -> None:
+    check(task(Scaled), cohort(VECTOR, SIZES), TRAINING)
+    assert left
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank change of it that is trained, and a parametrized one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.down, self.up = nn.Linear(5, 5), nn.Linear(5, 2, bias=False), nn.Linear(2, 5, bias=False)
+        self.frozen.requires_grad_(False)
+        self.leave = nn.utils.parametrizations.orthogonal(nn.Linear(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(torch.tanh(self.frozen(x) + self.up(self.down(x))))  # type: ignore[no-any-return]
+
+
+def test_only_parameters_that_are_trained_as_they_are_leave_factors(left: list[int]) -> None:
+    check(task(Adapted), cohort(VECTOR, [4]), Training(batch_size=4, learning_rate=0.1))
+    assert len(left) == 2
 
 
 class Keeping(torch.autograd.Function):
@@ -174,9 +160,9 @@ class Stash(nn.Module):
         return self.outer(kept @ self.back)  # type: ignore[no-any-return]
 
 
-def test_no_weight_descends_by_itself_beside_a_users_own_backward(steps_taken: list[int]) -> None:
+def test_every_gradient_is_made_beside_a_users_own_backward(left: list[int]) -> None:
     check(task(Stash), cohort(VECTOR, SIZES), TRAINING)
-    assert not steps_taken
+    assert not left
 
 
 class Shown(nn.Linear):
@@ -193,12 +179,6 @@ def test_metrics_see_weights_before_their_step() -> None:
         metrics={"size": lambda outputs, targets: outputs[1].square().sum().expand(len(targets))},
     )
     check(shown, cohort(VECTOR, SIZES), TRAINING)
-
-
-def test_a_leaf_behind_another_operation_is_not_alone() -> None:
-    leaf, values = torch.ones(2, 3, 4, requires_grad=True), torch.ones(2, 5, 4)
-    assert lone_weights(torch.bmm(values, leaf.mT), [leaf]) == []
-    assert lone_weights(torch.ones(2), [leaf]) == []
 
 
 @pytest.mark.parametrize("way", ["rows first", "total first"])
